@@ -1,0 +1,29 @@
+// A ring of shared-memory stages: who holds which stage, and in which round.
+#pragma once
+#include "ptx.cuh"
+
+// Position in the ring; producer and consumers each walk their own copy through the same sequence of tiles.
+template <u32 kStages>
+struct RingPosition {
+  u32 stage = 0;
+  u32 phase = 0;  // parity of the round: a consumer waits for `phase`, a producer for the round before
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Spins until the barrier has completed the phase of this parity. -DMLA_WATCHDOG turns a hang into a trap.
+__device__ __forceinline__ void wait_phase(u32 barrier, u32 parity) {
+#ifdef MLA_WATCHDOG
+  for (u32 spins = 0; !mbarrier_try_wait_parity(barrier, parity); ++spins) {
+    if (spins > 20000000u) trap();
+  }
+#else
+  while (!mbarrier_try_wait_parity(barrier, parity)) {
+  }
+#endif
+}

@@ -1,0 +1,229 @@
+// The only file with inline assembly: one function per PTX instruction, named after it.
+// Section titles refer to NVIDIA's "Parallel Thread Execution ISA". Whatever waits, arrives or fences clobbers memory,
+// so that the compiler keeps loads and stores on their side of it.
+#pragma once
+#include "types.cuh"
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- mbarrier ("Parallel Synchronization and Communication Instructions: mbarrier") -------------------------------
+
+__device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the async proxy (TMA) and to the rest of the cluster.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ bool mbarrier_try_wait_parity(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n .reg .pred p;\n"
+      " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      " selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// ---- named barriers ("barrier{.cta}") ------------------------------------------------------------------------------
+
+__device__ __forceinline__ void bar_sync(u32 id, u32 threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void bar_arrive(u32 id, u32 threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- proxies, register budgets, dependent grids --------------------------------------------------------------------
+
+// Orders this thread's ordinary shared-memory accesses before later ones of the async proxy (WGMMA operands, TMA).
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+template <u32 kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <u32 kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Lets a dependent grid begin its prologue; it still has to call griddepcontrol_wait before reading our results.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Returns when every grid this one depends on has completed and its writes are visible.
+__device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
+// ---- copies ("Data Movement and Conversion Instructions: cp.async, cp.async.bulk.tensor") --------------------------
+
+// 16 bytes from global to shared memory; the bytes past source_bytes (0 or 16) are filled with zeros.
+__device__ __forceinline__ void cp_async_16(u32 destination, const void* source, u32 source_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(source_bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+__device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(map)) : "memory");
+}
+
+// One box of a rank-4 tensor map into shared memory; the bytes are counted on `barrier`. Coordinates outside the
+// tensor read as zeros.
+__device__ __forceinline__ void cp_async_bulk_tensor_4d(u32 destination, const TensorMap* map, u32 barrier, i32 c0,
+                                                        i32 c1, i32 c2, i32 c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
+      "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// ---- matrices in shared memory ("stmatrix") ------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void stmatrix_x4(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
+
+__device__ __forceinline__ void st_shared_zero_16(u32 address) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0u) : "memory");
+}
+
+// ---- arithmetic ("ex2.approx, lg2.approx, cvt") --------------------------------------------------------------------
+
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// `low` lands in bits 0-15, as the element with the lower column.
+template <typename Element>
+__device__ __forceinline__ u32 cvt_pack(float low, float high) {
+  u32 packed;
+  if constexpr (kIsSame<Element, Bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+// ---- WGMMA ("Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions") --------------------------------
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Returns when at most kPending of this warp's committed groups are still running.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait_group() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Pins accumulators in program order: what reads or writes them cannot cross this point.
+template <int kCount>
+__device__ __forceinline__ void keep_order(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+#define MLA_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MLA_ACC16(i) MLA_ACC4(i), MLA_ACC4(i + 4), MLA_ACC4(i + 8), MLA_ACC4(i + 12)
+#define MLA_ACC32(i) MLA_ACC16(i), MLA_ACC16(i + 16)
+#define MLA_ACC128 MLA_ACC32(0), MLA_ACC32(32), MLA_ACC32(64), MLA_ACC32(96)
+#define MLA_REGS32 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define MLA_REGS128 MLA_REGS32 "," \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63," \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+  "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+#define MLA_WGMMA_M64N64K16_SS(TYPE)                                                                \
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"                                       \
+               " wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" MLA_REGS32 "},"    \
+               " %32, %33, p, 1, 1, 0, 0;\n}"                                                       \
+               : MLA_ACC32(0)                                                                       \
+               : "l"(a), "l"(b), "r"(accumulate))
+
+#define MLA_WGMMA_M64N256K16_SS(TYPE)                                                               \
+  asm volatile("{\n wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" MLA_REGS128 "}," \
+               " %128, %129, 1, 1, 1, 0, 1;\n}"                                                     \
+               : MLA_ACC128                                                                         \
+               : "l"(a), "l"(b))
+
+#define MLA_WGMMA_M64N256K16_RS(TYPE)                                                               \
+  asm volatile("{\n wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" MLA_REGS128 "}," \
+               " {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n}"                                    \
+               : MLA_ACC128                                                                         \
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
+
+// d[64 x 64] = a[64 x 16] * b[64 x 16]^T, plus d if `accumulate`; a and b K-major in shared memory.
+template <typename Element>
+__device__ __forceinline__ void wgmma_m64n64k16_ss(float (&d)[32], u64 a, u64 b, u32 accumulate) {
+  if constexpr (kIsSame<Element, Bf16>) {
+    MLA_WGMMA_M64N64K16_SS("bf16");
+  } else {
+    MLA_WGMMA_M64N64K16_SS("f16");
+  }
+}
+
+// d[64 x 256] += a[64 x 16] * b[16 x 256]; a K-major, b N-major, both in shared memory.
+template <typename Element>
+__device__ __forceinline__ void wgmma_m64n256k16_ss(float (&d)[128], u64 a, u64 b) {
+  if constexpr (kIsSame<Element, Bf16>) {
+    MLA_WGMMA_M64N256K16_SS("bf16");
+  } else {
+    MLA_WGMMA_M64N256K16_SS("f16");
+  }
+}
+
+// d[64 x 256] += a[64 x 16] * b[16 x 256]; a in registers, b N-major in shared memory.
+template <typename Element>
+__device__ __forceinline__ void wgmma_m64n256k16_rs(float (&d)[128], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+  if constexpr (kIsSame<Element, Bf16>) {
+    MLA_WGMMA_M64N256K16_RS("bf16");
+  } else {
+    MLA_WGMMA_M64N256K16_RS("f16");
+  }
+}
+
+#undef MLA_WGMMA_M64N64K16_SS
+#undef MLA_WGMMA_M64N256K16_SS
+#undef MLA_WGMMA_M64N256K16_RS
+#undef MLA_REGS128
+#undef MLA_REGS32
+#undef MLA_ACC128
+#undef MLA_ACC32
+#undef MLA_ACC16
+#undef MLA_ACC4

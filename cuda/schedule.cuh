@@ -1,0 +1,47 @@
+// The split-KV schedule's arithmetic, free of CUDA so that a host compiler can check it against mlacore/plan.py.
+//
+// All sequences lie end to end on a line: sequence b takes tiles(b) positions, and every change from one sequence to the
+// next costs MLA_ITEM_COST_TILES more (prologue and epilogue of an item). Cutting the line into equal stretches, one a
+// worker, balances tiles + cost * (items - 1) within one tile; a cut inside a sequence splits it.
+#pragma once
+
+#ifndef MLA_SCHEDULE_FUNCTION
+#define MLA_SCHEDULE_FUNCTION __device__ __forceinline__
+#endif
+
+// Tiles of `tile` tokens that a sequence of `length` tokens fills; a negative length counts as empty.
+MLA_SCHEDULE_FUNCTION int tiles_of(int length, int tile) { return length > 0 ? (length - 1) / tile + 1 : 0; }
+
+// An empty sequence still is one item, which writes out = 0 and lse = -inf.
+MLA_SCHEDULE_FUNCTION int item_extent(int tiles) { return tiles > 0 ? tiles : 1; }
+
+// Positions a worker walks; `total` is the line's length.
+MLA_SCHEDULE_FUNCTION int worker_extent(int total, int workers) {
+  const int extent = (total + workers - 1) / workers;
+  return extent > 0 ? extent : 1;
+}
+
+// First and last worker of the sequence at `position`.
+MLA_SCHEDULE_FUNCTION int first_worker(int position, int extent, int workers) {
+  const int worker = position / extent;
+  return worker < workers ? worker : workers - 1;
+}
+MLA_SCHEDULE_FUNCTION int last_worker(int position, int tiles, int extent, int workers) {
+  return first_worker(position + item_extent(tiles) - 1, extent, workers);
+}
+
+// The workers that begin at this sequence are [begin_workers_from, last_worker]: those whose first position lies past
+// the previous sequence's last one.
+MLA_SCHEDULE_FUNCTION int begin_workers_from(int previous_last_position, int extent) {
+  return previous_last_position < 0 ? 0 : previous_last_position / extent + 1;
+}
+
+// Tile at which worker `worker` begins when its first sequence lies at `position`.
+MLA_SCHEDULE_FUNCTION int begin_tile(int worker, int extent, int position) {
+  const int tile = worker * extent - position;
+  return tile > 0 ? tile : 0;
+}
+
+// Where a split's partial state goes: each worker has one slot for its first item and one for any later item; only its
+// first and its last item can be shared with other workers.
+MLA_SCHEDULE_FUNCTION int partial_slot(int worker, bool is_first_item) { return 2 * worker + (is_first_item ? 0 : 1); }

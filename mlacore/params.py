@@ -1,0 +1,82 @@
+"""Constants shared by the planner, both backends and the kernels, and the structs of `cuda/params.cuh` as NumPy dtypes.
+
+The kernels receive the constants as compile-time definitions (`mlacore.jit`), so that each figure is written down once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+PAGE_SIZE = 64  # tokens of a cache page
+TILE_TOKENS = 64  # tokens of a tile, the kernels' unit of work along a sequence
+TILE_ROWS = 64  # query rows of one CTA
+
+KV_LORA_RANK = 512
+QK_ROPE_HEAD_DIM = 64
+HEAD_DIM_QK = KV_LORA_RANK + QK_ROPE_HEAD_DIM
+HEAD_DIM_V = KV_LORA_RANK
+
+# What one more item on a worker costs (prologue, epilogue, its share of the merge), in tiles.
+ITEM_COST_TILES = 4
+
+WARP_THREADS = 32
+DECODE_THREADS = 384  # two consumer warpgroups and one of producers
+DECODE_SHARED_BYTES = 232448  # all that an SM90 block may have
+COMBINE_ROWS = 4  # query rows, one warp each, of a block that merges splits
+PLAN_THREADS = 512
+APPEND_ROWS = 8  # tokens, one warp each, of a block that writes cache rows
+
+
+def _struct(*fields: tuple[str, str]) -> np.dtype:
+    return np.dtype(list(fields), align=True)
+
+
+_POINTER, _I64, _I32, _F32 = "u8", "i8", "i4", "f4"
+
+DECODE_PARAMS = _struct(
+    ("q", _POINTER),
+    ("block_table", _POINTER),
+    ("cache_seqlens", _POINTER),
+    ("work", _POINTER),
+    ("splits", _POINTER),
+    ("out", _POINTER),
+    ("lse", _POINTER),
+    ("partial_out", _POINTER),
+    ("partial_lse", _POINTER),
+    ("q_stride_batch", _I64),
+    ("q_stride_seq", _I64),
+    ("q_stride_head", _I64),
+    ("block_table_stride", _I64),
+    ("batch", _I32),
+    ("max_pages", _I32),
+    ("seq_len_q", _I32),
+    ("num_heads", _I32),
+    ("num_kv_heads", _I32),
+    ("heads_per_kv", _I32),
+    ("row_blocks", _I32),
+    ("num_workers", _I32),
+    ("causal", _I32),
+    ("softmax_scale_log2", _F32),
+)
+
+PLAN_PARAMS = _struct(
+    ("cache_seqlens", _POINTER),
+    ("work", _POINTER),
+    ("splits", _POINTER),
+    ("batch", _I32),
+    ("num_workers", _I32),
+)
+
+APPEND_PARAMS = _struct(
+    ("pool", _POINTER),
+    ("ckv", _POINTER),
+    ("kpe", _POINTER),
+    ("slots", _POINTER),
+    ("pool_stride_page", _I64),
+    ("pool_stride_row", _I64),
+    ("ckv_stride", _I64),
+    ("kpe_stride", _I64),
+    ("num_slots", _I64),
+    ("page_size", _I32),
+    ("num_tokens", _I32),
+)
