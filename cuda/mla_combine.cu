@@ -3,9 +3,9 @@
 //
 //   lse = log sum_s exp(lse_s)        out = sum_s exp(lse_s - lse) out_s
 //
-// Grid: x = kCombineRows query rows of one KV head, y = worker. Block y serves the sequence that worker y is the first to
-// continue, if any: a grid that depends on neither batch nor lengths, for CUDA graphs. One warp merges one row; a lane
-// keeps kHeadDimV / 32 columns. It starts while mla_decode_sm90 drains and waits for it before its first read.
+// Grid: x = query row, y = sequence, or, in batches larger than the number of workers, worker: then block y serves the
+// sequence that worker y is the first to continue, if any. Neither depends on lengths, for CUDA graphs. A warp merges 128
+// columns of its row. The grid starts while mla_decode_sm90 drains and waits for it before its first read.
 #include "params.cuh"
 #include "ptx.cuh"
 #include "schedule.cuh"
@@ -14,11 +14,11 @@ using Element = MLA_ELEMENT;
 
 constexpr u32 kHeadDimV = MLA_HEAD_DIM_V;
 constexpr u32 kTileRows = MLA_TILE_ROWS;
-constexpr u32 kCombineRows = MLA_COMBINE_ROWS;
-constexpr u32 kColumnsPerStep = kWarpThreads * 4;  // a float4 a lane
-constexpr u32 kSteps = kHeadDimV / kColumnsPerStep;
+constexpr u32 kColumnsPerWarp = kWarpThreads * 4;  // a float4 a lane
+constexpr u32 kCombineThreads = kHeadDimV / kColumnsPerWarp * kWarpThreads;
+static_assert(kCombineThreads == MLA_COMBINE_THREADS, "mlacore/params.py launches another number of threads");
+constexpr u32 kSplitsInFlight = 8;  // loads outstanding a thread: the merge waits on L2, not on arithmetic
 constexpr float kLn2 = 0.693147180559945309f;
-static_assert(kHeadDimV % kColumnsPerStep == 0, "a warp reads whole float4 rows");
 
 __device__ __forceinline__ float warp_max(float x) {
   for (u32 offset = kWarpThreads / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
@@ -29,20 +29,19 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-extern "C" __global__ void __launch_bounds__(kCombineRows* kWarpThreads)
+// Four blocks an SM are enough; without the hint the compiler saves registers and loads one split at a time.
+extern "C" __global__ void __launch_bounds__(kCombineThreads, 4)
     mla_combine(const __grid_constant__ DecodeParams params) {
   griddepcontrol_wait();
   const u32 lane = threadIdx.x % kWarpThreads;
-  const i32 worker = i32(blockIdx.y);
-  const i32 sequence = params.work[2 * worker];
+  const bool by_sequence = i32(gridDim.y) == params.batch;
+  const i32 sequence = by_sequence ? i32(blockIdx.y) : params.work[2 * blockIdx.y];
   if (sequence >= params.batch) return;
   const i32 first = params.splits[2 * sequence], num_splits = params.splits[2 * sequence + 1];
-  if (num_splits <= 1 || worker != first + 1) return;
+  if (num_splits <= 1 || (!by_sequence && i32(blockIdx.y) != first + 1)) return;
 
   const i32 rows = params.seq_len_q * params.heads_per_kv;
-  const i32 row = i32(blockIdx.x * kCombineRows + threadIdx.x / kWarpThreads);
-  const i32 kv_head = row / rows, row_of_head = row % rows;
-  if (kv_head >= params.num_kv_heads) return;
+  const i32 kv_head = i32(blockIdx.x) / rows, row_of_head = i32(blockIdx.x) % rows;
   const i64 rows_per_slot = i64(params.num_kv_heads) * params.row_blocks * kTileRows;
   const i64 row_in_slot = i64(kv_head) * params.row_blocks * kTileRows + row_of_head;
   const bool first_begins_worker = params.work[2 * first] == sequence;
@@ -65,29 +64,31 @@ extern "C" __global__ void __launch_bounds__(kCombineRows* kWarpThreads)
   const float lse_log2 = sum == 0.f ? -infinity() : base + log2f(sum);
   const float inverse = sum == 0.f ? 0.f : 1.f / sum;
 
-  float4 merged[kSteps] = {};
-#pragma unroll 4
-  for (i32 split = 0; split < num_splits; ++split) {
-    const i64 index = index_of(split);
-    const float weight = ex2(params.partial_lse[index] - base) * inverse;
-    const float4* state = reinterpret_cast<const float4*>(params.partial_out + index * kHeadDimV) + lane;
+  const u32 column = threadIdx.x * 4;
+  float4 merged = {};
+  for (i32 begin = 0; begin < num_splits; begin += i32(kSplitsInFlight)) {
+    float lse[kSplitsInFlight];
+    float4 part[kSplitsInFlight];
 #pragma unroll
-    for (u32 step = 0; step < kSteps; ++step) {
-      const float4 part = state[step * kWarpThreads];
-      merged[step].x += weight * part.x;
-      merged[step].y += weight * part.y;
-      merged[step].z += weight * part.z;
-      merged[step].w += weight * part.w;
+    for (u32 i = 0; i < kSplitsInFlight; ++i) {
+      const i32 split = begin + i32(i);
+      const i64 index = index_of(min(split, num_splits - 1));
+      lse[i] = split < num_splits ? params.partial_lse[index] : -infinity();
+      part[i] = *reinterpret_cast<const float4*>(params.partial_out + index * kHeadDimV + column);
+    }
+#pragma unroll
+    for (u32 i = 0; i < kSplitsInFlight; ++i) {
+      const float share = ex2(lse[i] - base) * inverse;
+      merged.x += share * part[i].x;
+      merged.y += share * part[i].y;
+      merged.z += share * part[i].z;
+      merged.w += share * part[i].w;
     }
   }
 
   const i32 seq = row_of_head / params.heads_per_kv;
   const i32 head = kv_head * params.heads_per_kv + row_of_head % params.heads_per_kv;
   u16* out = params.out + ((i64(sequence) * params.seq_len_q + seq) * params.num_heads + head) * kHeadDimV;
-#pragma unroll
-  for (u32 step = 0; step < kSteps; ++step) {
-    const float4& m = merged[step];
-    reinterpret_cast<uint2*>(out)[step * kWarpThreads + lane] = {cvt_pack<Element>(m.x, m.y), cvt_pack<Element>(m.z, m.w)};
-  }
-  if (lane == 0) params.lse[(i64(sequence) * params.num_heads + head) * params.seq_len_q + seq] = lse_log2 * kLn2;
+  *reinterpret_cast<uint2*>(out + column) = {cvt_pack<Element>(merged.x, merged.y), cvt_pack<Element>(merged.z, merged.w)};
+  if (threadIdx.x == 0) params.lse[(i64(sequence) * params.num_heads + head) * params.seq_len_q + seq] = lse_log2 * kLn2;
 }

@@ -5,7 +5,8 @@
 //   lse = log sum exp(S)
 //
 // Grid: one persistent CTA for each (worker, KV head, block of 64 query rows), row blocks fastest, so that the CTAs that
-// want the same pages run side by side and share them in L2. A worker walks its items of the split schedule
+// want the same pages run side by side. With an even number of row blocks two of them form a cluster: each loads half of
+// every tile and multicasts it to both, which halves what L2 has to deliver. A worker walks its items of the split schedule
 // (schedule.cuh); an item that covers its whole sequence writes out and lse, a split writes a normalised partial state
 // that mla_combine merges.
 //
@@ -19,21 +20,22 @@
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item is in place
 //   q_empty            8 (warps)     both groups -> Q loaders: last QK^T of the item has read Q
 //   kv_full[s][c]      1 + bytes     TMA -> owner of the tile: chunk c of the tile in stage s has landed
-//   kv_empty[s][h]     4 (warps)     group h -> TMA: O += P V of its half of stage s is done (so is all else with the stage)
-//   kProbabilities+s  named, 256     owner -> peer: P and the row maxima of the tile in stage s are in shared memory
+//   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: O += P V of its half of stage s is done, and
+//                      a CTA         so is all else that it does with the stage
+//   kProbabilities+s  named, 256     owner -> peer: P and the softmax references of the tile in stage s are in shared memory
 //   kGroup+g          named, 128     within group g
 //   kSums             named, 256     both groups: row sums of the item exchanged
 //
 // Schedule of a pair of tiles (a: even, b: odd), after FlashMLA's observation that half of O fits one group's registers:
 //   group 0                                       group 1
 //   1  S_a = Q K_a^T                              1  S_b = Q K_b^T
-//   2  m_a = max(m, S_a), P_a -> peer             3  rescale O, start O += P_a V_a (P from shared memory)
-//   3  rescale O, O += P_a V_a (P in registers)   4  m_b = max(m_a, S_b), P_b -> peer, meanwhile
+//   2  softmax of S_a, P_a -> peer                 3  rescale O, start O += P_a V_a (P from shared memory)
+//   3  rescale O, O += P_a V_a (P in registers)   4  softmax of S_b, P_b -> peer, meanwhile
 //   5  release a's left half                      5  release a's right half
 //   6  rescale O, start O += P_b V_b (shared)     6  rescale O, O += P_b V_b (registers)
 //   1' S_a' of the next pair behind it            7  release b's right half
 //   7  release b's left half
-// So softmax a runs under QK^T b, softmax b under P_a V_a, and the running maximum passes from tile to tile in order.
+// So softmax a runs under QK^T b, softmax b under P_a V_a, and the softmax reference passes from tile to tile in order.
 //
 // P of a tile overlays its rope chunk, which only QK^T reads: no separate buffer, and the stage's own release guards it.
 #include "layout.cuh"
@@ -50,6 +52,7 @@ constexpr u32 kPageSize = MLA_PAGE_SIZE;
 constexpr u32 kHeadDimQK = MLA_HEAD_DIM_QK;
 constexpr u32 kHeadDimV = MLA_HEAD_DIM_V;
 constexpr u32 kStages = 2;
+constexpr u32 kClusterCtas = MLA_CLUSTER_CTAS;  // CTAs (row blocks) that load each tile together
 
 constexpr u32 kConsumerGroups = 2;
 constexpr u32 kGroupColumns = kHeadDimV / kConsumerGroups;
@@ -64,10 +67,12 @@ constexpr u32 kGroupChunks = kGroupColumns / kChunkColumns;
 constexpr u32 kRopeChunk = kChunks - 1;
 constexpr u32 kStepsPerChunk = kChunkColumns / kReductionStep;
 constexpr u32 kStepsPerTile = kTileTokens / kReductionStep;
+constexpr u32 kShareRows = kTileTokens / kClusterCtas;  // rows of a tile that each CTA of the cluster loads for all
 constexpr float kLn2 = 0.693147180559945309f;
 
 static_assert(kTileRows == 64, "WGMMA works on 64 rows");
 static_assert(kTileTokens == kChunkRows, "a chunk holds the 64 tokens of a tile, and P fits the rope chunk");
+static_assert(kClusterCtas == 1 || kClusterCtas == 2, "an SM pair (TPC) hosts the cluster, so that no SM is left over");
 static_assert(kPageSize % kTileTokens == 0, "a tile lies within one page");
 static_assert(kHeadDimV == kRopeChunk * kChunkColumns, "the rope chunk follows the latent");
 static_assert(kGroupColumns == 256, "one WGMMA covers a group's columns");
@@ -76,7 +81,7 @@ static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another numbe
 struct SharedPlan {
   alignas(1024) u16 q[kChunks][kTileRows * kChunkColumns];
   alignas(1024) u16 kv[kStages][kChunks][kTileTokens * kChunkColumns];
-  float row_max[kStages][kTileRows];                       // scaled running maximum after the tile in this stage
+  float row_reference[kStages][kTileRows];                 // softmax reference that P of the tile in this stage has
   float row_sum[2][kConsumerGroups][kTileRows];            // by parity of the item, so that the next may write already
   u64 q_full;
   u64 q_empty;
@@ -146,6 +151,7 @@ struct ItemTiles {
 __device__ __forceinline__ void load_kv(SharedPlan& shared, const TensorMap* kv_map, const DecodeParams& params,
                                         const Block& block) {
   const u32 lane = threadIdx.x % kWarpThreads;
+  const u32 first_row = kClusterCtas > 1 ? cluster_ctarank() * kShareRows : 0;
   RingPosition<kStages> ring;
   WorkerItems<kTileTokens> items(params, block.worker);
   Item item;
@@ -153,13 +159,19 @@ __device__ __forceinline__ void load_kv(SharedPlan& shared, const TensorMap* kv_
     const i32* pages = params.block_table + item.sequence * params.block_table_stride;
     for (i32 base = item.begin_tile; base < item.end_tile; base += i32(kWarpThreads)) {
       // One load brings the page ids of 32 tiles, so that none waits for its own.
-      const i32 column = (base + i32(lane)) * i32(kTileTokens) / i32(kPageSize);
-      const i32 my_page = column < params.max_pages ? pages[column] : -1;
+      const i32 entry = (base + i32(lane)) * i32(kTileTokens) / i32(kPageSize);
+      const i32 my_page = entry < params.max_pages ? pages[entry] : -1;
       const i32 end = min(base + i32(kWarpThreads), item.end_tile);
       for (i32 tile = base; tile < end; ++tile, ring.advance()) {
         const i32 page = __shfl_sync(0xffffffffu, my_page, tile - base);
+#ifdef XPREFETCH
+        { const i32 ahead = __shfl_sync(0xffffffffu, my_page, min(tile - base + XPREFETCH, 31));
+          if (lane < kChunks && (lane % params.row_blocks == block.row_block % kChunks || params.row_blocks > 9) && tile - base + XPREFETCH < 32)
+            asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" :: "l"(reinterpret_cast<u64>(kv_map)), "r"(i32(lane * kChunkColumns)), "r"(0), "r"(block.kv_head), "r"(ahead) : "memory");
+          __syncwarp(); }
+#endif
         if (lane != 0) continue;
-        const i32 page_row = tile * i32(kTileTokens) % i32(kPageSize);
+        const i32 page_row = tile * i32(kTileTokens) % i32(kPageSize) + i32(first_row);
         for (u32 chunk = 0; chunk < kChunks; ++chunk) {
           // The rope chunk doubles as P, which the peer reads: it is free once both halves are.
           if (chunk % kGroupChunks == 0 && chunk != kRopeChunk) {
@@ -167,8 +179,14 @@ __device__ __forceinline__ void load_kv(SharedPlan& shared, const TensorMap* kv_
           }
           const u32 full = shared_address(&shared.kv_full[ring.stage][chunk]);
           mbarrier_arrive_expect_tx(full, kChunkBytes);
-          cp_async_bulk_tensor_4d(shared_address(shared.kv[ring.stage][chunk]), kv_map, full,
-                                  i32(chunk * kChunkColumns), page_row, block.kv_head, page);
+          const u32 destination = shared_address(shared.kv[ring.stage][chunk]) + first_row * kChunkRowBytes;
+          const i32 column = i32(chunk * kChunkColumns);
+          if constexpr (kClusterCtas == 1) {
+            cp_async_bulk_tensor_4d(destination, kv_map, full, column, page_row, block.kv_head, page);
+          } else {
+            constexpr u16 kAllCtas = (1 << kClusterCtas) - 1;
+            cp_async_bulk_tensor_4d_multicast(destination, kv_map, full, column, page_row, block.kv_head, page, kAllCtas);
+          }
         }
       }
     }
@@ -217,8 +235,8 @@ struct Consumer {
   float out[kGroupColumns / 2];  // O fragment: 64 x 256 over 128 threads
   float scores[kTileTokens / 2];
   u32 probabilities[kTileTokens / 4];
-  RowPair max;  // scaled running maximum; `out` and `sum` are relative to it
-  RowPair sum;  // this thread's share of the sums over its own tiles
+  RowPair reference;  // of the online softmax (softmax.cuh); `out` and `sum` are relative to it
+  RowPair sum;        // this thread's share of the sums over its own tiles
 
   __device__ __forceinline__ Consumer(SharedPlan& s, const DecodeParams& p, const Block& b)
       : shared(s), params(p), block(b) {}
@@ -253,8 +271,8 @@ struct Consumer {
     keep_order(out);
   }
 
-  // Softmax of the own tile; P to registers and, with the new maxima, to the peer. Leaves O to be rescaled.
-  __device__ __forceinline__ RowPair publish_probabilities(const Tile& tile) {
+  // Softmax of the own tile, into `probabilities`. Leaves O to be rescaled.
+  __device__ __forceinline__ RowPair take_softmax(const Tile& tile) {
     if (tile.needs_mask) {
       i32 limit[2];
 #pragma unroll
@@ -264,16 +282,22 @@ struct Consumer {
       }
       mask_scores(scores, fragment_column(thread), limit);
     }
-    const RowPair updated = update_max(scores, max, params.softmax_scale_log2);
-    const RowPair factors = rescale_factors(max, updated);
-    const RowPair tile_sum = exponentiate(scores, updated, params.softmax_scale_log2);
-    max = updated;
+    const float scale_log2 = params.softmax_scale_log2;
+    RowPair factors = {1.f, 1.f};
+    RowPair tile_sum = exponentiate<Element>(scores, probabilities, reference, scale_log2);
+    if (needs_new_reference(tile_sum, reference)) {
+      const RowPair updated = new_reference(thread_max(scores), reference, scale_log2);
+      factors = rescale_factors(reference, updated);
+      reference = updated;
+      tile_sum = exponentiate<Element>(scores, probabilities, reference, scale_log2);
+    }
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) sum.r[i] = sum.r[i] * factors.r[i] + tile_sum.r[i];
-#pragma unroll
-    for (u32 i = 0; i < kTileTokens / 4; ++i) {
-      probabilities[i] = cvt_pack<Element>(scores[2 * i], scores[2 * i + 1]);
-    }
+    return factors;
+  }
+
+  // P of the own tile and its references to the peer.
+  __device__ __forceinline__ void publish_probabilities(const Tile& tile) {
     // All four warps have read the rope chunk (their QK^T is complete) before any writes P over it.
     bar_sync(kGroup + kGroupIndex, kWarpgroupThreads);
     const u32 p = shared_address(shared.kv[tile.stage][kRopeChunk]);
@@ -284,26 +308,25 @@ struct Consumer {
                   probabilities[4 * step + 2], probabilities[4 * step + 3]);
     }
     if (lane % 4 == 0) {
-      shared.row_max[tile.stage][row] = max.r[0];
-      shared.row_max[tile.stage][row + 8] = max.r[1];
+      shared.row_reference[tile.stage][row] = reference.r[0];
+      shared.row_reference[tile.stage][row + 8] = reference.r[1];
     }
     fence_proxy_async();
     bar_arrive(kProbabilities + tile.stage, kConsumerThreads);
-    return factors;
   }
 
-  // Waits for the peer's P and takes over its maxima. Leaves O to be rescaled.
+  // Waits for the peer's P and takes over its references. Leaves O to be rescaled.
   __device__ __forceinline__ RowPair take_probabilities(const Tile& tile) {
     bar_sync(kProbabilities + tile.stage, kConsumerThreads);
-    const RowPair updated = {shared.row_max[tile.stage][row], shared.row_max[tile.stage][row + 8]};
-    const RowPair factors = rescale_factors(max, updated);
-    max = updated;
+    const RowPair updated = {shared.row_reference[tile.stage][row], shared.row_reference[tile.stage][row + 8]};
+    const RowPair factors = rescale_factors(reference, updated);
+    reference = updated;
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) sum.r[i] *= factors.r[i];
     return factors;
   }
 
-  // Most tiles leave the maxima of a whole warp as they were. No WGMMA may be in flight here: the compiler would wait
+  // Most tiles leave the references of a whole warp as they were. No WGMMA may be in flight here: the compiler would wait
   // for all of them before ordinary instructions that write accumulators.
   __device__ __forceinline__ void rescale_out(const RowPair& factors) {
     if (!__any_sync(0xffffffffu, factors.r[0] != 1.f || factors.r[1] != 1.f)) return;
@@ -356,8 +379,14 @@ struct Consumer {
     if (lane == 0) mbarrier_arrive(shared_address(&shared.q_empty));
   }
 
+  // To every CTA of the cluster, since each writes into this one's stages.
   __device__ __forceinline__ void release_half(const Tile& tile) {
-    if (lane == 0) mbarrier_arrive(shared_address(&shared.kv_empty[tile.stage][kGroupIndex]));
+    const u32 empty = shared_address(&shared.kv_empty[tile.stage][kGroupIndex]);
+    if constexpr (kClusterCtas == 1) {
+      if (lane == 0) mbarrier_arrive(empty);
+    } else {
+      if (lane < kClusterCtas) mbarrier_arrive_cluster(empty, lane);
+    }
   }
 
   // Even tiles are this group's own. The tile of one pair is scored behind the O update of the pair before.
@@ -367,12 +396,12 @@ struct Consumer {
     i32 a = 0;
     for (; a + 2 < tiles.count; a += 2) {
       const Tile even = tiles[a], odd = tiles[a + 1], next = tiles[a + 2];
-      rescale_out(publish_probabilities(even));  // 2, 3
-      start_own_out(even);
-      const RowPair factors = take_probabilities(odd);
+      rescale_out(take_softmax(even));  // 2
+      start_own_out(even);              // 3
+      publish_probabilities(even);
       finish_out();
       release_half(even);  // 5
-      rescale_out(factors);
+      rescale_out(take_probabilities(odd));
       start_peer_out(odd);  // 6
       // 1': one chunk keeps the tensor cores fed while the O update is awaited
       start_scores<0, 1>(next);
@@ -384,8 +413,9 @@ struct Consumer {
     }
     release_q();
     const Tile even = tiles[a];
-    rescale_out(publish_probabilities(even));
+    rescale_out(take_softmax(even));
     start_own_out(even);
+    publish_probabilities(even);
     finish_out();
     release_half(even);
     if (a + 1 < tiles.count) {
@@ -405,12 +435,13 @@ struct Consumer {
       start_scores<0, kChunks>(odd);  // 1
       finish_scores();
       rescale_out(take_probabilities(even));
-      start_peer_out(even);  // 3
-      const RowPair factors = publish_probabilities(odd);  // 4
+      start_peer_out(even);                        // 3
+      const RowPair factors = take_softmax(odd);  // 4
       finish_out();
       release_half(even);  // 5
       rescale_out(factors);
       start_own_out(odd);  // 6
+      publish_probabilities(odd);
       finish_out();
       release_half(odd);  // 7
     }
@@ -443,7 +474,7 @@ struct Consumer {
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
       const float scale = total[i] == 0.f ? 0.f : 1.f / total[i];
-      const float lse_log2 = total[i] == 0.f ? -infinity() : max.r[i] + log2f(total[i]);
+      const float lse_log2 = total[i] == 0.f ? -infinity() : reference.r[i] + log2f(total[i]);
       if (num_splits > 1) {
         write_partial_row(item, i, scale, lse_log2);
       } else {
@@ -510,7 +541,7 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
   Item item;
   u32 tiles_before = 0, items_with_tiles = 0;
   while (items.next(item)) {
-    group.max = {-infinity(), -infinity()};
+    group.reference = {-infinity(), -infinity()};
     group.sum = {0.f, 0.f};
 #pragma unroll
     for (u32 i = 0; i < kGroupColumns / 2; ++i) group.out[i] = 0.f;
@@ -531,7 +562,16 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
 
 // ---- kernel --------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+// Barriers are initialised in all CTAs that will use them.
+__device__ __forceinline__ void sync_ctas() {
+  if constexpr (kClusterCtas == 1) {
+    __syncthreads();
+  } else {
+    barrier_cluster_sync();
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClusterCtas, 1, 1)
     mla_decode_sm90(const __grid_constant__ TensorMap kv_map, const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   SharedPlan& shared = *reinterpret_cast<SharedPlan*>(dynamic_shared);
@@ -546,12 +586,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (u32 stage = 0; stage < kStages; ++stage) {
       for (u32 chunk = 0; chunk < kChunks; ++chunk) mbarrier_init(shared_address(&shared.kv_full[stage][chunk]), 1);
       for (u32 half = 0; half < kConsumerGroups; ++half) {
-        mbarrier_init(shared_address(&shared.kv_empty[stage][half]), kWarpgroupThreads / kWarpThreads);
+        mbarrier_init(shared_address(&shared.kv_empty[stage][half]), kClusterCtas * kWarpgroupThreads / kWarpThreads);
       }
     }
     fence_mbarrier_init();
   }
-  __syncthreads();
+  sync_ctas();
   griddepcontrol_launch_dependents();
 
   const u32 warp = threadIdx.x / kWarpThreads;
@@ -568,5 +608,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
     consume<1>(shared, params, block);
+  }
+  if constexpr (kClusterCtas > 1) {
+    __syncwarp();
+    barrier_cluster_sync();  // the other CTA may still arrive at our barriers
   }
 }

@@ -1,8 +1,13 @@
 // Online softmax in base 2 over one row fragment: S arrives as raw dot products, the scale (softmax_scale * log2 e) is
-// folded into the exponent. A row with nothing but masked scores keeps max = -inf and sum = 0 without NaN.
+// folded into the exponent. A row's state is kept relative to a reference: its maximum at the time the reference was set.
+// The reference moves only when probabilities outgrow it by kReferenceSlack or more, so that in most tiles no maximum is
+// taken, nothing is reduced across lanes and nothing is rescaled; a 16-bit probability above 1 has the same relative error
+// as one below. A row with nothing but masked scores keeps reference -inf and sum 0 without NaN.
 #pragma once
 #include "layout.cuh"
 #include "ptx.cuh"
+
+constexpr float kReferenceSlack = 256.f;  // bound of a thread's probabilities of one row, summed over a tile
 
 // The two rows of a thread's accumulator fragment (row and row + 8).
 struct RowPair {
@@ -32,35 +37,45 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kScores], u32 column
   }
 }
 
-// New row maxima (scaled) after seeing these scores.
+// This thread's largest score of each row, unscaled.
 template <int kScores>
-__device__ __forceinline__ RowPair update_max(const float (&scores)[kScores], const RowPair& max, float scale_log2) {
-  RowPair updated;
+__device__ __forceinline__ RowPair thread_max(const float (&scores)[kScores]) {
+  RowPair top = {scores[0], scores[2]};
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    float top = scores[2 * row];
-#pragma unroll
-    for (int i = 0; i < kScores; i += 4) top = fmaxf(top, fmaxf(scores[i + 2 * row], scores[i + 2 * row + 1]));
-    updated.r[row] = fmaxf(max.r[row], quad_max(top) * scale_log2);
-  }
-  return updated;
+  for (int i = 0; i < kScores; ++i) top.r[(i / 2) % 2] = fmaxf(top.r[(i / 2) % 2], scores[i]);
+  return top;
 }
 
-// Factors that bring states kept relative to `from` to be relative to `to` (>= from).
+// Whether some row of the warp has no reference yet, or has left the slack of the one it has.
+__device__ __forceinline__ bool needs_new_reference(const RowPair& tile_sum, const RowPair& reference) {
+  return __any_sync(0xffffffffu, tile_sum.r[0] > kReferenceSlack || tile_sum.r[1] > kReferenceSlack ||
+                                     reference.r[0] == -infinity() || reference.r[1] == -infinity());
+}
+
+// The row maxima (scaled) over what the old references stand for and these scores.
+__device__ __forceinline__ RowPair new_reference(const RowPair& top, const RowPair& reference, float scale_log2) {
+  return {fmaxf(reference.r[0], quad_max(top.r[0]) * scale_log2), fmaxf(reference.r[1], quad_max(top.r[1]) * scale_log2)};
+}
+
+// Factors that bring states kept relative to `from` to be relative to `to`.
 __device__ __forceinline__ RowPair rescale_factors(const RowPair& from, const RowPair& to) {
   return {ex2(from.r[0] - finite_or_zero(to.r[0])), ex2(from.r[1] - finite_or_zero(to.r[1]))};
 }
 
-// Scores become probabilities relative to `max`; returns this thread's share of the row sums (before rounding).
-template <int kScores>
-__device__ __forceinline__ RowPair exponentiate(float (&scores)[kScores], const RowPair& max, float scale_log2) {
+// Probabilities relative to `reference`, packed in pairs of columns; returns this thread's share of the row sums (before
+// rounding).
+template <typename Element, int kScores>
+__device__ __forceinline__ RowPair exponentiate(const float (&scores)[kScores], u32 (&probabilities)[kScores / 2],
+                                                const RowPair& reference, float scale_log2) {
   RowPair sum = {0.f, 0.f};
-  const float offset[2] = {finite_or_zero(max.r[0]), finite_or_zero(max.r[1])};
+  const float offset[2] = {finite_or_zero(reference.r[0]), finite_or_zero(reference.r[1])};
 #pragma unroll
-  for (int i = 0; i < kScores; ++i) {
+  for (int i = 0; i < kScores; i += 2) {
     const int row = (i / 2) % 2;
-    scores[i] = ex2(fmaf(scores[i], scale_log2, -offset[row]));
-    sum.r[row] += scores[i];
+    const float low = ex2(fmaf(scores[i], scale_log2, -offset[row]));
+    const float high = ex2(fmaf(scores[i + 1], scale_log2, -offset[row]));
+    sum.r[row] += low + high;
+    probabilities[i / 2] = cvt_pack<Element>(low, high);
   }
   return sum;
 }

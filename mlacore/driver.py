@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mlacore.plan import DecodePlan
 
 HOPPER = (9, 0)
+import os
+CLUSTER_EVEN=int(os.environ.get('XCLUSTER','1'))
 _ATTRIBUTE_MULTIPROCESSORS = 16
 _ATTRIBUTE_CC_MAJOR, _ATTRIBUTE_CC_MINOR = 75, 76
 
@@ -126,8 +128,9 @@ def _function(name: str, device: int, shared_bytes: int) -> Any:
 
 def load_default_kernels() -> None:
     """Compile, or read from the cache, every default variant and load it."""
-    for name in jit.VARIANTS:
-        _kernel(name)
+    for name, variant in jit.VARIANTS.items():
+        if variant.is_default:
+            _kernel(name)
 
 
 def _launch(
@@ -212,14 +215,14 @@ def _tensor_map(pointer: int, dtype: str, dims: tuple[int, ...], strides_bytes: 
     return aligned
 
 
-def _pool_map(pool: Any) -> np.ndarray:
-    """Tensor map over `[num_pages, page_size, num_kv_heads, head_dim]` in boxes of one tile by 64 columns."""
+def _pool_map(pool: Any, box_rows: int) -> np.ndarray:
+    """Tensor map over `[num_pages, page_size, num_kv_heads, head_dim]` in boxes of `box_rows` tokens by 64 columns."""
     num_pages, page_size, heads, head_dim = pool.shape
     page, row, head = pool.strides[:3]
     # The stride of a dimension of extent 1 is never used, but may be anything; the driver wants a multiple of 16.
     strides = (row, head if heads > 1 else row, page if num_pages > 1 else row)
     dims = (head_dim, page_size, heads, num_pages)
-    return _tensor_map(pool.data.ptr, str(pool.dtype), dims, strides, (64, params.TILE_TOKENS, 1, 1))
+    return _tensor_map(pool.data.ptr, str(pool.dtype), dims, strides, (64, box_rows, 1, 1))
 
 
 # ---- launches ------------------------------------------------------------------------------------------------------
@@ -280,15 +283,15 @@ def launch_decode(
     handle = stream_handle(stream)
     with q.device:
         shared_bytes = params.DECODE_SHARED_BYTES
-        decode = _function(f"mla_decode_sm90.{dtype}", device, shared_bytes)
+        cluster = CLUSTER_EVEN if plan.row_blocks % 2 == 0 else 1
+        decode = _function(f"mla_decode_sm90.{dtype}.cluster{cluster}", device, shared_bytes)
+        pool_map = _pool_map(kv_cache, params.TILE_TOKENS // cluster)
         ctas = plan.num_workers * plan.num_kv_heads * plan.row_blocks
-        _launch(decode, (ctas, 1), params.DECODE_THREADS, shared_bytes, handle, (_pool_map(kv_cache), record))
+        _launch(decode, (ctas, 1), params.DECODE_THREADS, shared_bytes, handle, (pool_map, record))
         if plan.num_workers > 1:
-            rows = plan.num_kv_heads * plan.seq_len_q * heads_per_kv
-            grid = (-(-rows // params.COMBINE_ROWS), plan.num_workers)
+            grid = (plan.seq_len_q * plan.num_heads, min(plan.batch, plan.num_workers))
             combine = _function(f"mla_combine.{dtype}", device, 0)
-            threads = params.COMBINE_ROWS * params.WARP_THREADS
-            _launch(combine, grid, threads, 0, handle, (record,), overlaps_previous=True)
+            _launch(combine, grid, params.COMBINE_THREADS, 0, handle, (record,), overlaps_previous=True)
 
 
 def launch_append(pool: Any, ckv: Any, kpe: Any, slots: Any, stream: Any) -> None:

@@ -41,6 +41,11 @@ class Variant:
     kernel: str
     defines: tuple[tuple[str, str | int], ...]
 
+    @property
+    def is_default(self) -> bool:
+        """Loaded at import; the others at their first use."""
+        return "float16" not in self.name.split(".")
+
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
@@ -63,8 +68,10 @@ def _variants() -> Iterator[Variant]:
             ("MLA_THREADS", params.DECODE_THREADS),
             ("MLA_SHARED_BYTES", params.DECODE_SHARED_BYTES),
         )
-        yield Variant(f"mla_decode_sm90.{dtype}", "mla_decode_sm90", (*of_dtype, *launch))
-        yield Variant(f"mla_combine.{dtype}", "mla_combine", (*of_dtype, ("MLA_COMBINE_ROWS", params.COMBINE_ROWS)))
+        for ctas in params.CLUSTER_CTAS:
+            name = f"mla_decode_sm90.{dtype}.cluster{ctas}"
+            yield Variant(name, "mla_decode_sm90", (*of_dtype, *launch, ("MLA_CLUSTER_CTAS", ctas)))
+        yield Variant(f"mla_combine.{dtype}", "mla_combine", (*of_dtype, ("MLA_COMBINE_THREADS", params.COMBINE_THREADS)))
     plan = (("MLA_ITEM_COST_TILES", params.ITEM_COST_TILES), ("MLA_PLAN_THREADS", params.PLAN_THREADS))
     yield Variant("mla_plan", "mla_plan", (*_TILE, *plan))
     yield Variant("cache_append", "cache_append", (*_DIMS, ("MLA_APPEND_ROWS", params.APPEND_ROWS)))

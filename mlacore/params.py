@@ -22,7 +22,8 @@ ITEM_COST_TILES = 4
 WARP_THREADS = 32
 DECODE_THREADS = 384  # two consumer warpgroups and one of producers
 DECODE_SHARED_BYTES = 232448  # all that an SM90 block may have
-COMBINE_ROWS = 4  # query rows, one warp each, of a block that merges splits
+CLUSTER_CTAS = (1, 2)  # row blocks that share every tile they load
+COMBINE_THREADS = 128  # of a block that merges the splits of one query row
 PLAN_THREADS = 512
 APPEND_ROWS = 8  # tokens, one warp each, of a block that writes cache rows
 
