@@ -26,18 +26,31 @@
 //   kGroup+g          named, 128     within group g
 //   kSums             named, 256     both groups: row sums of the item exchanged
 //
-// Schedule of a pair of tiles (a: even, b: odd), after FlashMLA's observation that half of O fits one group's registers:
+// Schedule of a pair of tiles (a: even, b: odd). Half of O fits one group's registers, so the groups share its columns and
+// each needs the other's P:
 //   group 0                                       group 1
-//   1  S_a = Q K_a^T                              1  S_b = Q K_b^T
-//   2  softmax of S_a, P_a -> peer                 3  rescale O, start O += P_a V_a (P from shared memory)
-//   3  rescale O, O += P_a V_a (P in registers)   4  softmax of S_b, P_b -> peer, meanwhile
+//   1  S_a = Q K_a^T                              1  S_b = Q K_b^T, once its stage is loaded
+//   2  softmax of S_a                             2  take P_a
+//   3  O += P_a V_a (P in registers)              3  O += P_a V_a (P in shared memory), meanwhile
+//   4  publish P_a                                4  softmax of S_b
 //   5  release a's left half                      5  release a's right half
-//   6  rescale O, start O += P_b V_b (shared)     6  rescale O, O += P_b V_b (registers)
-//   1' S_a' of the next pair behind it            7  release b's right half
-//   7  release b's left half
-// So softmax a runs under QK^T b, softmax b under P_a V_a, and the softmax reference passes from tile to tile in order.
+//   6  take P_b, O += P_b V_b (shared memory)     6  O += P_b V_b (registers)
+//   1' S_a' of the next pair behind it            7  publish P_b
+//   8  release b's left half                      8  release b's right half
+// Softmax a runs under QK^T b, softmax b under P_a V_a, the load of each stage under the work on the other. The softmax
+// reference passes from tile to tile in order, whichever group owns the tile, so that both halves of O see the same
+// factors.
 //
-// P of a tile overlays its rope chunk, which only QK^T reads: no separate buffer, and the stage's own release guards it.
+// P of an even tile overlays its rope chunk, which only QK^T reads: shared memory has room for one P beside Q and two
+// stages, and the odd tile's is the one that the other group waits for (with both overlaid, and the group barrier that
+// this takes: -6 % at b=128, s_q=2, s_k=16K, H100).
+//
+// What limits it (b=128, s_q=2, s_k=16K, h_q=128, H100): 698 TFLOP/s; about 5200 cycles a pair of tiles, of which the
+// tensor cores need 4352. The loop of a stage is the longest chain: about 1000 cycles from its release to the first
+// chunk and 1300 until the last, 400 for the rest of QK^T, 700 for the softmax (at half the usual issue rate, next to
+// the other group's WGMMAs), 1000 for both halves of P V and their hand-over. Tried without gain: prefetching pages to L2
+// (-25 % where memory-bound), releasing quarters of a stage.
+#include "epilogue.cuh"
 #include "layout.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
@@ -71,7 +84,7 @@ constexpr u32 kShareRows = kTileTokens / kClusterCtas;  // rows of a tile that e
 constexpr float kLn2 = 0.693147180559945309f;
 
 static_assert(kTileRows == 64, "WGMMA works on 64 rows");
-static_assert(kTileTokens == kChunkRows, "a chunk holds the 64 tokens of a tile, and P fits the rope chunk");
+static_assert(kTileTokens == kChunkRows && kTileTokens == kChunkColumns, "a chunk holds a tile's tokens, or its P");
 static_assert(kClusterCtas == 1 || kClusterCtas == 2, "an SM pair (TPC) hosts the cluster, so that no SM is left over");
 static_assert(kPageSize % kTileTokens == 0, "a tile lies within one page");
 static_assert(kHeadDimV == kRopeChunk * kChunkColumns, "the rope chunk follows the latent");
@@ -81,6 +94,7 @@ static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another numbe
 struct SharedPlan {
   alignas(1024) u16 q[kChunks][kTileRows * kChunkColumns];
   alignas(1024) u16 kv[kStages][kChunks][kTileTokens * kChunkColumns];
+  alignas(1024) u16 p_odd[kTileRows * kTileTokens];        // P of odd tiles; P of even tiles lies in kv[stage][kRopeChunk]
   float row_reference[kStages][kTileRows];                 // softmax reference that P of the tile in this stage has
   float row_sum[2][kConsumerGroups][kTileRows];            // by parity of the item, so that the next may write already
   u64 q_full;
@@ -91,27 +105,6 @@ struct SharedPlan {
 static_assert(sizeof(SharedPlan) <= MLA_SHARED_BYTES, "mlacore/params.py asks for less shared memory");
 
 enum NamedBarrier : u32 { kGroup = 1, kProbabilities = kGroup + kConsumerGroups, kSums = kProbabilities + kStages };
-
-// What a CTA works on; the same for all roles.
-struct Block {
-  i32 worker;
-  i32 kv_head;
-  i32 row_block;
-};
-
-// Position of a query row of this CTA in q, out and lse.
-struct QueryRow {
-  i32 seq;
-  i32 head;
-  bool exists;  // the last row block may be partly empty
-
-  __device__ __forceinline__ QueryRow(const DecodeParams& params, const Block& block, u32 row) {
-    const i32 index = block.row_block * i32(kTileRows) + i32(row);
-    seq = index / params.heads_per_kv;
-    head = block.kv_head * params.heads_per_kv + index % params.heads_per_kv;
-    exists = seq < params.seq_len_q;
-  }
-};
 
 // One tile of an item, as the consumers need it.
 struct Tile {
@@ -164,12 +157,6 @@ __device__ __forceinline__ void load_kv(SharedPlan& shared, const TensorMap* kv_
       const i32 end = min(base + i32(kWarpThreads), item.end_tile);
       for (i32 tile = base; tile < end; ++tile, ring.advance()) {
         const i32 page = __shfl_sync(0xffffffffu, my_page, tile - base);
-#ifdef XPREFETCH
-        { const i32 ahead = __shfl_sync(0xffffffffu, my_page, min(tile - base + XPREFETCH, 31));
-          if (lane < kChunks && (lane % params.row_blocks == block.row_block % kChunks || params.row_blocks > 9) && tile - base + XPREFETCH < 32)
-            asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" :: "l"(reinterpret_cast<u64>(kv_map)), "r"(i32(lane * kChunkColumns)), "r"(0), "r"(block.kv_head), "r"(ahead) : "memory");
-          __syncwarp(); }
-#endif
         if (lane != 0) continue;
         const i32 page_row = tile * i32(kTileTokens) % i32(kPageSize) + i32(first_row);
         for (u32 chunk = 0; chunk < kChunks; ++chunk) {
@@ -272,7 +259,7 @@ struct Consumer {
   }
 
   // Softmax of the own tile, into `probabilities`. Leaves O to be rescaled.
-  __device__ __forceinline__ RowPair take_softmax(const Tile& tile) {
+  __device__ __forceinline__ RowPair own_softmax(const Tile& tile) {
     if (tile.needs_mask) {
       i32 limit[2];
 #pragma unroll
@@ -298,9 +285,10 @@ struct Consumer {
 
   // P of the own tile and its references to the peer.
   __device__ __forceinline__ void publish_probabilities(const Tile& tile) {
-    // All four warps have read the rope chunk (their QK^T is complete) before any writes P over it.
-    bar_sync(kGroup + kGroupIndex, kWarpgroupThreads);
-    const u32 p = shared_address(shared.kv[tile.stage][kRopeChunk]);
+    // All four warps have read the rope chunk (their QK^T is complete) before any writes P_a over it. P_b's buffer is free
+    // because its last reader has released the stage that this tile was loaded into.
+    if constexpr (kGroupIndex == 0) bar_sync(kGroup + kGroupIndex, kWarpgroupThreads);
+    const u32 p = shared_address(kGroupIndex == 0 ? shared.kv[tile.stage][kRopeChunk] : shared.p_odd);
     const u32 p_row = thread / 32 * 16 + lane % 16;
 #pragma unroll
     for (u32 step = 0; step < kStepsPerTile; ++step) {
@@ -364,7 +352,7 @@ struct Consumer {
   // O += P V with P of the peer's tile, from shared memory.
   __device__ __forceinline__ void start_peer_out(const Tile& tile) {
     clear_past_end(tile);
-    const u64 p = k_major_descriptor(shared_address(shared.kv[tile.stage][kRopeChunk]));
+    const u64 p = k_major_descriptor(shared_address(kGroupIndex == 1 ? shared.kv[tile.stage][kRopeChunk] : shared.p_odd));
     const u64 v = n_major_descriptor(shared_address(shared.kv[tile.stage][kGroupIndex * kGroupChunks]));
     keep_order(out);
     wgmma_fence();
@@ -396,9 +384,9 @@ struct Consumer {
     i32 a = 0;
     for (; a + 2 < tiles.count; a += 2) {
       const Tile even = tiles[a], odd = tiles[a + 1], next = tiles[a + 2];
-      rescale_out(take_softmax(even));  // 2
-      start_own_out(even);              // 3
-      publish_probabilities(even);
+      rescale_out(own_softmax(even));  // 2
+      start_own_out(even);             // 3
+      publish_probabilities(even);     // 4
       finish_out();
       release_half(even);  // 5
       rescale_out(take_probabilities(odd));
@@ -407,13 +395,13 @@ struct Consumer {
       start_scores<0, 1>(next);
       wgmma_wait_group<1>();
       keep_order(out);
-      release_half(odd);  // 7
+      release_half(odd);  // 8
       start_scores<1, kChunks>(next);
       finish_scores();
     }
     release_q();
     const Tile even = tiles[a];
-    rescale_out(take_softmax(even));
+    rescale_out(own_softmax(even));
     start_own_out(even);
     publish_probabilities(even);
     finish_out();
@@ -432,20 +420,22 @@ struct Consumer {
     i32 a = 0;
     for (; a + 1 < tiles.count; a += 2) {
       const Tile even = tiles[a], odd = tiles[a + 1];
-      start_scores<0, kChunks>(odd);  // 1
+      start_scores<0, kChunks>(odd);                          // 1
+      const RowPair peer_factors = take_probabilities(even);  // 2
       finish_scores();
-      rescale_out(take_probabilities(even));
-      start_peer_out(even);                        // 3
-      const RowPair factors = take_softmax(odd);  // 4
+      if (a + 3 >= tiles.count) release_q();
+      rescale_out(peer_factors);
+      start_peer_out(even);                       // 3
+      const RowPair factors = own_softmax(odd);  // 4
       finish_out();
       release_half(even);  // 5
       rescale_out(factors);
-      start_own_out(odd);  // 6
-      publish_probabilities(odd);
+      start_own_out(odd);          // 6
+      publish_probabilities(odd);  // 7
       finish_out();
-      release_half(odd);  // 7
+      release_half(odd);  // 8
     }
-    release_q();
+    if (tiles.count == 1) release_q();
     if (a < tiles.count) {
       const Tile even = tiles[a];
       rescale_out(take_probabilities(even));
@@ -489,47 +479,17 @@ struct Consumer {
     const i64 slot = partial_slot(block.worker, item.is_first);
     const i64 index = ((slot * params.num_kv_heads + block.kv_head) * params.row_blocks + block.row_block) * kTileRows +
                       row + 8 * i;
-    float* destination = params.partial_out + index * kHeadDimV + kGroupIndex * kGroupColumns + fragment_column(thread);
-#pragma unroll
-    for (u32 j = 0; j < kGroupColumns / 8; ++j) {
-      const float2 pair = {out[4 * j + 2 * i] * scale, out[4 * j + 2 * i + 1] * scale};
-      *reinterpret_cast<float2*>(destination + 8 * j) = pair;
-    }
+    store_row_float(params.partial_out + index * kHeadDimV + kGroupIndex * kGroupColumns, out, i, scale);
     if (kGroupIndex == 0 && lane % 4 == 0) params.partial_lse[index] = lse_log2;
   }
 
   __device__ __forceinline__ void write_final_row(const Item& item, u32 i, float scale, float lse_log2) {
     const QueryRow at(params, block, row + 8 * i);
     const i64 sequence = item.sequence;
-    u16* destination = params.out + ((sequence * params.seq_len_q + at.seq) * params.num_heads + at.head) * kHeadDimV +
-                       kGroupIndex * kGroupColumns + lane % 4 * 8;
-#pragma unroll
-    for (u32 j = 0; j < kGroupColumns / 8; j += 4) {
-      u32 words[4];
-#pragma unroll
-      for (u32 k = 0; k < 4; ++k) {
-        words[k] = cvt_pack<Element>(out[4 * (j + k) + 2 * i] * scale, out[4 * (j + k) + 2 * i + 1] * scale);
-      }
-      transpose_quad(words);
-      if (at.exists) *reinterpret_cast<uint4*>(destination + 8 * j) = {words[0], words[1], words[2], words[3]};
-    }
+    const i64 index = (sequence * params.seq_len_q + at.seq) * params.num_heads + at.head;
+    store_row_16bit<Element>(params.out + index * kHeadDimV + kGroupIndex * kGroupColumns, out, i, scale, at.exists);
     if (kGroupIndex == 0 && lane % 4 == 0 && at.exists) {
       params.lse[(sequence * params.num_heads + at.head) * params.seq_len_q + at.seq] = lse_log2 * kLn2;
-    }
-  }
-
-  // words[k] of lane q (of each four) goes to words[q] of lane k, so that a lane holds 16 consecutive bytes.
-  __device__ __forceinline__ void transpose_quad(u32 (&words)[4]) {
-    const bool odd = lane % 2, high = lane % 4 / 2;
-#pragma unroll
-    for (u32 k = 0; k < 4; k += 2) {
-      const u32 received = __shfl_xor_sync(0xffffffffu, odd ? words[k] : words[k + 1], 1);
-      (odd ? words[k] : words[k + 1]) = received;
-    }
-#pragma unroll
-    for (u32 k = 0; k < 2; ++k) {
-      const u32 received = __shfl_xor_sync(0xffffffffu, high ? words[k] : words[k + 2], 2);
-      (high ? words[k] : words[k + 2]) = received;
     }
   }
 };

@@ -23,7 +23,9 @@ __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier at the same offset in CTA `rank` of the cluster.
+// Arrives at the barrier at the same offset in CTA `rank` of the cluster. CTA-scope semantics are enough where the data
+// that the barrier guards has only been read by WGMMA or written before a proxy fence; release.cluster would put a
+// MEMBAR.ALL.GPU before every arrival (23 % at b=128, s_q=2, s_k=16K, H100).
 __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier, u32 rank) {
   asm volatile(
       "{\n .reg .b32 remote;\n"

@@ -1,7 +1,31 @@
-// A worker's share of the schedule: the items (sequence, range of tiles) that every role of its CTAs walks in step.
+// What a CTA works on: a block of query rows, and its worker's share of the schedule, the items (sequence, range of tiles)
+// that every role walks in step.
 #pragma once
 #include "params.cuh"
 #include "schedule.cuh"
+
+constexpr u32 kRowsPerBlock = MLA_TILE_ROWS;
+
+// What a CTA works on; the same for all roles.
+struct Block {
+  i32 worker;
+  i32 kv_head;
+  i32 row_block;
+};
+
+// Position of a query row of this CTA in q, out and lse.
+struct QueryRow {
+  i32 seq;
+  i32 head;
+  bool exists;  // the last row block may be partly empty
+
+  __device__ __forceinline__ QueryRow(const DecodeParams& params, const Block& block, u32 row) {
+    const i32 index = block.row_block * i32(kRowsPerBlock) + i32(row);
+    seq = index / params.heads_per_kv;
+    head = block.kv_head * params.heads_per_kv + index % params.heads_per_kv;
+    exists = seq < params.seq_len_q;
+  }
+};
 
 struct Item {
   i32 sequence;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,9 @@ from mlacore import jit, params
 if TYPE_CHECKING:
     from mlacore.plan import DecodePlan
 
+log = logging.getLogger("mlacore.driver")
+
 HOPPER = (9, 0)
-import os
-CLUSTER_EVEN=int(os.environ.get('XCLUSTER','1'))
 _ATTRIBUTE_MULTIPROCESSORS = 16
 _ATTRIBUTE_CC_MAJOR, _ATTRIBUTE_CC_MINOR = 75, 76
 
@@ -95,6 +96,9 @@ def _check(status: Any, what: str) -> None:
         raise RuntimeError(f"{what} failed: {getattr(status, 'name', status)}")
 
 
+_keep: list[Any] = []  # libraries stay loaded as long as the process lives
+
+
 @functools.cache
 def _kernel(name: str) -> Any:
     """A variant as a context-free kernel handle; every device loads it at its first launch there."""
@@ -106,10 +110,8 @@ def _kernel(name: str) -> Any:
     status, kernel = driver.cuLibraryGetKernel(library, jit.VARIANTS[name].kernel.encode())
     _check(status, f"finding the kernel of {name}")
     _keep.append(library)
+    log.debug("loaded %s", name)
     return kernel
-
-
-_keep: list[Any] = []  # libraries stay loaded as long as the process lives
 
 
 @functools.cache
@@ -138,20 +140,20 @@ def _launch(
     grid: tuple[int, int],
     threads: int,
     shared_bytes: int,
-    stream: int,
+    stream: Any,
     arguments: tuple[np.ndarray, ...],
     *,
     overlaps_previous: bool = False,
 ) -> None:
-    """One launch. `overlaps_previous` lets the grid start while the previous one drains (programmatic dependent launch);
-    such a kernel waits before it reads that one's results."""
+    """One launch. `overlaps_previous` lets the grid start while the previous one drains (programmatic dependent
+    launch); such a kernel waits before it reads that one's results."""
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes = shared_bytes
-    config.hStream = driver.CUstream(stream)
+    config.hStream = driver.CUstream(stream.ptr)
     if overlaps_previous:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -160,20 +162,6 @@ def _launch(
     pointers = np.array([argument.ctypes.data for argument in arguments], np.uint64)
     (status,) = driver.cuLaunchKernelEx(config, function, int(pointers.ctypes.data), 0)
     _check(status, "kernel launch")
-
-
-def stream_handle(stream: Any) -> int:
-    """The CUstream behind a CuPy stream, an object with ``__cuda_stream__``, an integer, or None (CuPy's current one)."""
-    if stream is None:
-        import cupy
-
-        return int(cupy.cuda.get_current_stream().ptr)
-    if isinstance(stream, int):
-        return stream
-    if hasattr(stream, "__cuda_stream__"):
-        protocol = stream.__cuda_stream__
-        return int((protocol() if callable(protocol) else protocol)[1])
-    return int(stream.ptr)
 
 
 # ---- tensor maps ---------------------------------------------------------------------------------------------------
@@ -185,7 +173,9 @@ _SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3
 
 
 @functools.lru_cache(maxsize=256)
-def _tensor_map(pointer: int, dtype: str, dims: tuple[int, ...], strides_bytes: tuple[int, ...], box: tuple[int, ...]):
+def _tensor_map(
+    pointer: int, dtype: str, dims: tuple[int, ...], strides_bytes: tuple[int, ...], box: tuple[int, ...]
+) -> np.ndarray:
     """A CUtensorMap over a pool, innermost dimension first; boxes outside the tensor read as zeros.
 
     The driver wants the descriptor at a 64-byte boundary, which a binding's own object does not promise.
@@ -225,17 +215,28 @@ def _pool_map(pool: Any, box_rows: int) -> np.ndarray:
     return _tensor_map(pool.data.ptr, str(pool.dtype), dims, strides, (64, box_rows, 1, 1))
 
 
+def _record(struct: np.dtype, fields: dict[str, Any]) -> np.ndarray:
+    """A kernel's parameter struct; every field must be given."""
+    assert struct.names is not None
+    return np.array([tuple(fields[name] for name in struct.names)], struct)
+
+
 # ---- launches ------------------------------------------------------------------------------------------------------
 
 
 def launch_plan(cache_seqlens: Any, work: Any, splits: Any, stream: Any) -> None:
     """Compute the split schedule on the device (`cuda/mla_plan.cu`)."""
     device = cache_seqlens.device.id
-    record = np.zeros(1, params.PLAN_PARAMS)
-    record["cache_seqlens"], record["work"], record["splits"] = cache_seqlens.data.ptr, work.data.ptr, splits.data.ptr
-    record["batch"], record["num_workers"] = len(cache_seqlens), len(work) - 1
+    fields = {
+        "cache_seqlens": cache_seqlens.data.ptr,
+        "work": work.data.ptr,
+        "splits": splits.data.ptr,
+        "batch": len(cache_seqlens),
+        "num_workers": len(work) - 1,
+    }
+    record = _record(params.PLAN_PARAMS, fields)
     with cache_seqlens.device:
-        _launch(_function("mla_plan", device, 0), (1, 1), params.PLAN_THREADS, 0, stream_handle(stream), (record,))
+        _launch(_function("mla_plan", device, 0), (1, 1), params.PLAN_THREADS, 0, stream, (record,))
 
 
 def launch_decode(
@@ -279,19 +280,18 @@ def launch_decode(
         "causal": causal,
         "softmax_scale_log2": softmax_scale * math.log2(math.e),
     }
-    record = np.array([tuple(fields[name] for name in params.DECODE_PARAMS.names)], params.DECODE_PARAMS)
-    handle = stream_handle(stream)
+    record = _record(params.DECODE_PARAMS, fields)
     with q.device:
         shared_bytes = params.DECODE_SHARED_BYTES
-        cluster = CLUSTER_EVEN if plan.row_blocks % 2 == 0 else 1
+        cluster = 2 if plan.row_blocks % 2 == 0 else 1  # an odd block would leave an SM of its pair idle
         decode = _function(f"mla_decode_sm90.{dtype}.cluster{cluster}", device, shared_bytes)
         pool_map = _pool_map(kv_cache, params.TILE_TOKENS // cluster)
         ctas = plan.num_workers * plan.num_kv_heads * plan.row_blocks
-        _launch(decode, (ctas, 1), params.DECODE_THREADS, shared_bytes, handle, (pool_map, record))
+        _launch(decode, (ctas, 1), params.DECODE_THREADS, shared_bytes, stream, (pool_map, record))
         if plan.num_workers > 1:
             grid = (plan.seq_len_q * plan.num_heads, min(plan.batch, plan.num_workers))
             combine = _function(f"mla_combine.{dtype}", device, 0)
-            _launch(combine, grid, params.COMBINE_THREADS, 0, handle, (record,), overlaps_previous=True)
+            _launch(combine, grid, params.COMBINE_THREADS, 0, stream, (record,), overlaps_previous=True)
 
 
 def launch_append(pool: Any, ckv: Any, kpe: Any, slots: Any, stream: Any) -> None:
@@ -317,8 +317,8 @@ def launch_append(pool: Any, ckv: Any, kpe: Any, slots: Any, stream: Any) -> Non
     }
     if len(slots) == 0:
         return
-    record = np.array([tuple(fields[name] for name in params.APPEND_PARAMS.names)], params.APPEND_PARAMS)
+    record = _record(params.APPEND_PARAMS, fields)
     grid = (-(-len(slots) // params.APPEND_ROWS), 1)
     threads = params.APPEND_ROWS * params.WARP_THREADS
     with pool.device:
-        _launch(_function("cache_append", pool.device.id, 0), grid, threads, 0, stream_handle(stream), (record,))
+        _launch(_function("cache_append", pool.device.id, 0), grid, threads, 0, stream, (record,))

@@ -1,7 +1,7 @@
 """CUDA sources to cubins: NVRTC, a cache on disk, and the list of kernel variants.
 
-What decides a cubin (all sources, constants, flags, NVRTC version) goes into one digest, which names its file in the cache.
-Compiling needs no GPU; loading is `mlacore.driver`'s part.
+What decides a cubin (all sources, constants, flags, NVRTC version) goes into one digest, which names its file in the
+cache. Compiling needs no GPU; loading is `mlacore.driver`'s part.
 
 Environment: ``MLACORE_CACHE_DIR`` (default ``$XDG_CACHE_HOME/mlacore``), ``MLACORE_COMPILE=eager|lazy``.
 """
@@ -71,7 +71,8 @@ def _variants() -> Iterator[Variant]:
         for ctas in params.CLUSTER_CTAS:
             name = f"mla_decode_sm90.{dtype}.cluster{ctas}"
             yield Variant(name, "mla_decode_sm90", (*of_dtype, *launch, ("MLA_CLUSTER_CTAS", ctas)))
-        yield Variant(f"mla_combine.{dtype}", "mla_combine", (*of_dtype, ("MLA_COMBINE_THREADS", params.COMBINE_THREADS)))
+        combine = ("MLA_COMBINE_THREADS", params.COMBINE_THREADS)
+        yield Variant(f"mla_combine.{dtype}", "mla_combine", (*of_dtype, combine))
     plan = (("MLA_ITEM_COST_TILES", params.ITEM_COST_TILES), ("MLA_PLAN_THREADS", params.PLAN_THREADS))
     yield Variant("mla_plan", "mla_plan", (*_TILE, *plan))
     yield Variant("cache_append", "cache_append", (*_DIMS, ("MLA_APPEND_ROWS", params.APPEND_ROWS)))

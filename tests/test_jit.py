@@ -49,7 +49,8 @@ def _struct_checks(struct: str, dtype: np.dtype) -> str:
 
 
 def _compiles(monkeypatch, source: str) -> bool:
-    monkeypatch.setattr(jit, "_sources", lambda sources=jit._sources(): {**sources, "check.cu": source.encode()})
+    sources = {**jit._sources(), "check.cu": source.encode()}
+    monkeypatch.setattr(jit, "_sources", lambda: sources)
     try:
         jit.compile(jit.Variant("check", "check", ()))
     except jit.CompileError:

@@ -1,0 +1,183 @@
+"""Arrays in and out: which side an array lives on, element types by name, zero-copy import to CuPy.
+
+NumPy arrays stay as they are. Anything on a GPU becomes a `cupy.ndarray` over the same memory, by DLPack (bfloat16 has
+no typestr in ``__cuda_array_interface__``) or, failing that, by ``__cuda_array_interface__``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
+float16 = np.dtype(np.float16)
+float32 = np.dtype(np.float32)
+int32 = np.dtype(np.int32)
+
+GPU_DTYPES = (bfloat16, float16)  # what the tensor cores take
+CPU_DTYPES = (*GPU_DTYPES, float32)
+_BY_NAME = {dtype.name: dtype for dtype in CPU_DTYPES}
+
+_DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_WANTED = "a NumPy array or a GPU array (CuPy, or anything with __dlpack__ or __cuda_array_interface__)"
+
+
+def as_dtype(dtype: Any) -> np.dtype:
+    """The element type of a name (``"bfloat16"``, ``"float16"``, ``"float32"``), dtype or scalar type.
+
+    Raises
+    ------
+    TypeError
+        If it is none of the three.
+    """
+    try:
+        resolved = _BY_NAME[dtype] if isinstance(dtype, str) else np.dtype(dtype)
+    except (KeyError, TypeError):
+        resolved = None
+    if resolved not in CPU_DTYPES:
+        raise TypeError(f"dtype: got {dtype!r}, expected {', '.join(_BY_NAME)} (by name or as a dtype)")
+    return resolved
+
+
+def is_numpy(array: Any) -> bool:
+    """Whether `array` is a NumPy array."""
+    return isinstance(array, np.ndarray)
+
+
+def is_gpu(array: Any) -> bool:
+    """Whether `array` lives in CUDA device memory, of whichever library. Imports nothing."""
+    if _is_cupy(array):
+        return True
+    if hasattr(array, "__dlpack_device__"):
+        return int(array.__dlpack_device__()[0]) in _DLPACK_CUDA
+    return hasattr(array, "__cuda_array_interface__")
+
+
+def on_numpy(**arrays: Any) -> bool:
+    """True if all arguments are NumPy arrays, False if all are GPU arrays.
+
+    Raises
+    ------
+    TypeError
+        If one is neither, or both sides occur: nothing is ever copied between host and device behind the caller's back.
+    """
+    host = [name for name, array in arrays.items() if is_numpy(array)]
+    device = [name for name, array in arrays.items() if name not in host and is_gpu(array)]
+    for name, array in arrays.items():
+        if name not in host and name not in device:
+            where = " in CPU memory (numpy.asarray views it)" if hasattr(array, "__dlpack_device__") else ""
+            raise TypeError(f"{name}: got {type(array).__name__}{where}, expected {_WANTED}")
+    if host and device:
+        raise TypeError(
+            f"{', '.join(host)}: got NumPy, expected GPU arrays, as {', '.join(device)} came on a GPU "
+            f"(one call takes either; nothing is copied between host and device)"
+        )
+    return bool(host)
+
+
+def import_cupy() -> Any:
+    """The `cupy` module; ImportError with what to install."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            f"GPU arrays need CuPy, which cannot be imported ({error}): pip install cupy-cuda13x"
+        ) from error
+    return cupy
+
+
+def to_device(argument: str, array: Any, stream: Any = None) -> Any:
+    """`array` as a `cupy.ndarray` over the same memory.
+
+    Parameters
+    ----------
+    argument : str
+        Name to use in errors.
+    array : object
+        CuPy array (returned as it is), or an object with ``__dlpack__`` or ``__cuda_array_interface__`` on a GPU.
+    stream : cupy.cuda.Stream, optional
+        Stream that waits for the exporter's pending work; CuPy's current stream if None.
+
+    Raises
+    ------
+    TypeError
+        If `array` is not on a GPU, or has an element type that CuPy cannot hold.
+    """
+    if _is_cupy(array):
+        return array
+    if not is_gpu(array):
+        raise TypeError(f"{argument}: got {type(array).__name__}, expected a GPU array")
+    cupy = import_cupy()
+    with stream if stream is not None else contextlib.nullcontext():
+        try:
+            return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
+        except (TypeError, ValueError, BufferError) as error:
+            raise TypeError(f"{argument}: got {type(array).__name__} that CuPy cannot view: {error}") from error
+
+
+def device_of(array: Any) -> int | None:
+    """CUDA ordinal of a CuPy array; None for NumPy."""
+    return None if is_numpy(array) else array.data.device_id
+
+
+def device_name(device: int | None) -> str:
+    """How errors name a device: ``cuda:0``, or ``NumPy``."""
+    return "NumPy" if device is None else f"cuda:{device}"
+
+
+def as_stream(stream: Any) -> Any:
+    """A CuPy stream from None (the current one), a CuPy stream, a ``cudaStream_t`` as int, or ``__cuda_stream__``.
+
+    Raises
+    ------
+    TypeError
+        If it is none of these.
+    """
+    cupy = import_cupy()
+    if stream is None:
+        return cupy.cuda.get_current_stream()
+    if isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
+        return stream
+    if isinstance(stream, int):
+        stream = _RawStream(stream)
+    if not hasattr(stream, "__cuda_stream__"):
+        raise TypeError(
+            f"stream: got {type(stream).__name__}, expected a CuPy stream, a cudaStream_t as int, an object with "
+            f"__cuda_stream__, or None"
+        )
+    return cupy.cuda.Stream.from_external(stream)
+
+
+def check_no_stream(stream: Any) -> None:
+    """Raise TypeError for a stream that comes with NumPy arrays."""
+    if stream is not None:
+        raise TypeError(f"stream: got {type(stream).__name__}, expected None (NumPy arrays have no stream)")
+
+
+@contextlib.contextmanager
+def on_device(device: int, stream: Any) -> Iterator[Any]:
+    """The `cupy` module, with `device` and `stream` current: what is allocated here belongs to that stream."""
+    cupy = import_cupy()
+    with cupy.cuda.Device(device), stream:
+        yield cupy
+
+
+class _RawStream:
+    """A ``cudaStream_t`` that speaks the CUDA stream protocol."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self._handle)
+
+
+def _is_cupy(array: Any) -> bool:
+    # An instance exists only once CuPy is imported; asking sys.modules keeps this free for NumPy users.
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)

@@ -1,0 +1,247 @@
+"""The split-KV schedule: which worker attends to which tiles of which sequence.
+
+Lay all sequences end to end on a line: sequence ``b`` takes ``tiles_b`` positions, and every change from one sequence
+to the next takes ``F = ITEM_COST_TILES`` more, which is what another item costs a worker. Equal cuts of that line, one
+stretch a worker, balance ``tiles + F * (items - 1)`` within one tile; a cut inside a sequence splits it. `schedule` is
+the executable definition; the planner kernel (``cuda/schedule.cuh``) computes the same integers.
+
+The plan holds where workers begin, not where sequences end: those are read from ``cache_seqlens`` when attention runs.
+A plan whose lengths have moved on is therefore out of balance but never wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlacore import arrays, shapes
+from mlacore.params import HEAD_DIM_V, ITEM_COST_TILES, TILE_ROWS, TILE_TOKENS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodePlan:
+    """A split schedule for one batch shape, with the scratch memory that its splits need. Made by `plan_decode`.
+
+    Attributes
+    ----------
+    batch, seq_len_q, num_heads, num_kv_heads : int
+        The shape it serves; `mla_decode` refuses others.
+    causal : bool
+        The mask it serves.
+    num_workers : int
+        Workers that share the tiles: clusters of CTAs on a GPU, threads' tasks in NumPy.
+    device : int or None
+        CUDA ordinal; None for NumPy.
+    work : int32 ``[num_workers + 1, 2]``
+        Sequence and tile at which each worker begins; the last row is ``(batch, 0)``.
+    splits : int32 ``[batch, 2]``
+        First worker and number of workers of each sequence.
+    partial_out : float32 ``[2 * num_workers, num_kv_heads, row_blocks, 64, 512]`` or None
+        Outputs of the splits of shared sequences, on a GPU: slot ``2 * w`` is worker ``w``'s first item, ``2 * w + 1``
+        its last one if that is another.
+    partial_lse : float32 ``[2 * num_workers, num_kv_heads, row_blocks, 64]`` or None
+        Their log-sum-exp.
+    """
+
+    batch: int
+    seq_len_q: int
+    num_heads: int
+    num_kv_heads: int
+    causal: bool
+    num_workers: int
+    device: int | None
+    work: Any
+    splits: Any
+    partial_out: Any = None
+    partial_lse: Any = None
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 64 query rows that one KV head has."""
+        return row_blocks(self.seq_len_q, self.num_heads, self.num_kv_heads)
+
+    def update(self, cache_seqlens: Any, *, stream: Any = None) -> None:
+        """Recompute the schedule in place for new lengths of the same batch.
+
+        On a GPU this is one kernel launch that reads the lengths on the device, and a CUDA graph can capture it.
+
+        Parameters
+        ----------
+        cache_seqlens : int32 ``[batch]``
+            Tokens of each sequence, on the side the plan was made for.
+        stream : CuPy stream, int or object with ``__cuda_stream__``, optional
+            Stream of the launch; CuPy's current stream if None.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `cache_seqlens` has another type, shape or device than the plan.
+        """
+        lengths, stream = _take_lengths(cache_seqlens, stream, self.batch, self.device)
+        if self.device is None:
+            self.work[...], self.splits[...] = schedule(lengths, self.num_workers)
+        else:
+            from mlacore import driver
+
+            driver.launch_plan(lengths, self.work, self.splits, stream)
+
+
+def plan_decode(
+    cache_seqlens: Any,
+    *,
+    num_heads: int,
+    seq_len_q: int = 1,
+    num_kv_heads: int = 1,
+    causal: bool = False,
+    num_workers: int | None = None,
+    stream: Any = None,
+) -> DecodePlan:
+    """Plan the splits of one decode step, from lengths alone; every layer of the step can share the plan.
+
+    Parameters
+    ----------
+    cache_seqlens : int32 ``[batch]``
+        Tokens of each sequence, in NumPy or on a GPU, where they are read without a copy to the host.
+    num_heads : int
+        Query heads of this rank.
+    seq_len_q : int
+        Query tokens of each sequence.
+    num_kv_heads : int
+        KV heads, a divisor of `num_heads`; MLA has 1.
+    causal : bool
+        Whether `mla_decode` will mask causally.
+    num_workers : int, optional
+        Default: as many as fill the GPU's SMs; in NumPy the CPUs this process may use.
+    stream : CuPy stream, int or object with ``__cuda_stream__``, optional
+        Stream of the planner kernel; CuPy's current stream if None.
+
+    Returns
+    -------
+    DecodePlan
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type, shape, dtype or range.
+    RuntimeError
+        If the GPU is not of compute capability 9.0.
+    """
+    num_heads = shapes.check_count("num_heads", num_heads)
+    seq_len_q = shapes.check_count("seq_len_q", seq_len_q)
+    num_kv_heads = shapes.check_count("num_kv_heads", num_kv_heads)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads={num_heads}")
+    if num_workers is not None:
+        num_workers = shapes.check_count("num_workers", num_workers)
+    device = None if arrays.on_numpy(cache_seqlens=cache_seqlens) else -1
+    lengths, stream = _take_lengths(cache_seqlens, stream, None, device)
+    batch = lengths.shape[0]
+
+    if device is None:
+        num_workers = num_workers or available_cpus()
+        work, splits = schedule(lengths, num_workers)
+        return DecodePlan(batch, seq_len_q, num_heads, num_kv_heads, bool(causal), num_workers, None, work, splits)
+
+    from mlacore import driver
+
+    device = lengths.data.device_id
+    blocks = row_blocks(seq_len_q, num_heads, num_kv_heads)
+    num_workers = num_workers or max(1, driver.num_sms(device) // (blocks * num_kv_heads))
+    slots = (2 * num_workers, num_kv_heads, blocks, TILE_ROWS)
+    with arrays.on_device(device, stream) as cupy:
+        plan = DecodePlan(
+            batch,
+            seq_len_q,
+            num_heads,
+            num_kv_heads,
+            bool(causal),
+            num_workers,
+            device,
+            work=cupy.empty((num_workers + 1, 2), cupy.int32),
+            splits=cupy.empty((batch, 2), cupy.int32),
+            partial_out=cupy.empty((*slots, HEAD_DIM_V), cupy.float32),
+            partial_lse=cupy.empty(slots, cupy.float32),
+        )
+    driver.launch_plan(lengths, plan.work, plan.splits, stream)
+    return plan
+
+
+def schedule(lengths: npt.NDArray[np.integer], num_workers: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """The schedule of one batch: the executable definition of what the planner kernel computes.
+
+    Parameters
+    ----------
+    lengths : int array ``[batch]``
+        Tokens of each sequence; negative counts as 0.
+    num_workers : int
+        At least 1.
+
+    Returns
+    -------
+    work : int32 ``[num_workers + 1, 2]``
+        Sequence and tile at which each worker begins; the last row is ``(batch, 0)``.
+    splits : int32 ``[batch, 2]``
+        First worker and number of workers of each sequence.
+    """
+    batch = len(lengths)
+    tiles = -(-np.maximum(lengths.astype(np.int64), 0) // TILE_TOKENS)
+    begin = np.cumsum(tiles + ITEM_COST_TILES) - (tiles + ITEM_COST_TILES)  # position of each sequence's first tile
+    end = begin + np.maximum(tiles, 1)  # an empty sequence still is one item, at one position
+    total = begin[-1] + tiles[-1]
+    extent = max(1, -(-int(total) // num_workers))  # positions of one worker
+
+    starts = np.arange(num_workers, dtype=np.int64) * extent
+    sequence = np.searchsorted(end, starts, side="right")
+    inside = sequence < batch
+    tile = np.where(inside, np.maximum(starts - begin[np.minimum(sequence, batch - 1)], 0), 0)
+    work = np.vstack([np.column_stack([sequence, tile]), [[batch, 0]]]).astype(np.int32)
+
+    # The last worker takes what rounding leaves over: an empty last sequence may lie just past the last stretch.
+    first = np.minimum(begin // extent, num_workers - 1)
+    last = np.minimum((end - 1) // extent, num_workers - 1)
+    return work, np.column_stack([first, last - first + 1]).astype(np.int32)
+
+
+def worker_items(work: npt.NDArray[np.int32], worker: int) -> list[tuple[int, int, int | None]]:
+    """What `worker` does, in order: (sequence, first tile, end tile); the end is None for the sequence's own end."""
+    (begin_sequence, begin_tile), (end_sequence, end_tile) = work[worker].tolist(), work[worker + 1].tolist()
+    return [
+        (sequence, begin_tile if sequence == begin_sequence else 0, end_tile if sequence == end_sequence else None)
+        for sequence in range(begin_sequence, end_sequence + (end_tile > 0))
+    ]
+
+
+def row_blocks(seq_len_q: int, num_heads: int, num_kv_heads: int) -> int:
+    """Blocks of 64 query rows that one KV head has: ``ceil(seq_len_q * num_heads / num_kv_heads / 64)``."""
+    return -(-seq_len_q * (num_heads // num_kv_heads) // TILE_ROWS)
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _take_lengths(cache_seqlens: Any, stream: Any, batch: int | None, device: int | None) -> tuple[Any, Any]:
+    """Validated lengths and stream; `device` -1 stands for any GPU."""
+    if arrays.on_numpy(cache_seqlens=cache_seqlens) != (device is None):
+        got = "a GPU array" if device is None else "a NumPy array"
+        raise TypeError(f"cache_seqlens: got {got}, expected one on {arrays.device_name(device)} (from the plan)")
+    if device is None:
+        arrays.check_no_stream(stream)
+        lengths = cache_seqlens
+    else:
+        lengths = arrays.to_device("cache_seqlens", cache_seqlens, None if stream is None else arrays.as_stream(stream))
+        if device not in (-1, lengths.data.device_id):
+            got = arrays.device_name(lengths.data.device_id)
+            raise ValueError(f"cache_seqlens: got {got}, expected {arrays.device_name(device)} (from the plan)")
+    dims = shapes.Dims()
+    if batch is not None:
+        dims.bind("batch", batch, "from the plan")
+    dims.match("cache_seqlens", lengths.shape, ("batch",))
+    shapes.check_dtype("cache_seqlens", lengths.dtype, [arrays.int32], "lengths are int32")
+    shapes.check_contiguous("cache_seqlens", lengths)
+    return lengths, None if device is None else arrays.as_stream(stream)

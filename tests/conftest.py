@@ -1,0 +1,39 @@
+"""GPU tests skip with a reason where there is no Hopper GPU, or fail where one was promised (MLACORE_REQUIRE_GPU=1)."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+from hypothesis import settings
+
+# One core a pytest-xdist worker: BLAS threads of several processes would wait for one another. Before NumPy's import.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# The same examples on every run: a red build must be reproducible, and shared machines are too uneven for deadlines.
+settings.register_profile("mlacore", derandomize=True, deadline=None, database=None)
+settings.load_profile("mlacore")
+
+
+@functools.cache
+def missing_gpu() -> str | None:
+    """Why the GPU tests cannot run here, or None if they can."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"needs CuPy, which cannot be imported: {error}"
+    # Numba's simulator claims a GPU; CuPy does not.
+    if not cupy.cuda.is_available():
+        return "needs a Hopper GPU, found none"
+    capability = cupy.cuda.Device().compute_capability
+    return None if capability == "90" else f"needs a Hopper GPU, found compute capability {capability}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or (reason := missing_gpu()) is None:
+        return
+    if os.environ.get("MLACORE_REQUIRE_GPU") == "1":
+        pytest.fail(f"MLACORE_REQUIRE_GPU=1, but the test {reason}", pytrace=False)
+    pytest.skip(reason)

@@ -1,0 +1,132 @@
+"""The command line: what `info` says with and without libraries, the demo on the CPU, and its arithmetic."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlacore import demo, info
+from mlacore.__main__ import main
+
+READY = info.Environment(
+    driver_version="580.95.05",
+    driver_cuda=(13, 0),
+    gpus=(info.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132),),
+    nvrtc=info.Library("13.0"),
+    cupy=info.Library("14.2.0"),
+    numba_cuda=info.Library("0.30.4"),
+    cache_dir=Path("/nonexistent/mlacore"),
+    kernels=(("mla_plan", True), ("mla_decode_sm90.bfloat16", False)),
+)
+
+
+def changed(**fields: object) -> info.Environment:
+    return info.Environment(**{name: getattr(READY, name) for name in info.Environment.__slots__} | fields)
+
+
+def test_info_of_a_ready_machine_names_no_problem():
+    text = info.report(READY)
+    assert "NVIDIA H100 80GB HBM3, compute capability 9.0, 132 SMs" in text
+    assert "580.95.05, CUDA 13.0" in text
+    assert "1 of 2 built" in text
+    assert "not built  mla_decode_sm90.bfloat16" in text
+    assert info.problems(READY) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"driver_cuda": None, "gpus": ()}, r"no NVIDIA driver"),
+        ({"gpus": ()}, r"CUDA_VISIBLE_DEVICES"),
+        ({"gpus": (info.Gpu("NVIDIA A100", (8, 0), 108),)}, r"compute capability 9\.0; found NVIDIA A100 \(8\.0\)"),
+        ({"driver_cuda": (12, 8)}, r"CUDA 12\.8: install driver 580"),
+        (
+            {"cupy": info.Library(None, "not installed")},
+            r'CuPy: not installed; python3 -m pip install "mlacore\[cu13\]"',
+        ),
+        ({"nvrtc": info.Library(None, "not installed")}, r'NVRTC: .*mlacore\[cu13\]"'),
+        ({"numba_cuda": info.Library(None, "not installed")}, r'Numba-CUDA: .*mlacore\[numba\]"'),
+    ],
+)
+def test_info_names_what_is_missing_and_how_to_get_it(fields, expected):
+    (problem,) = info.problems(changed(**fields))
+    assert re.search(expected, problem)
+    assert problem in info.report(changed(**fields))
+
+
+def test_a_second_gpu_that_is_no_hopper_is_no_problem():
+    assert info.problems(changed(gpus=(*READY.gpus, info.Gpu("NVIDIA T400", (7, 5), 6)))) == []
+
+
+def test_info_works_with_the_base_install_alone():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('cupy', 'numba', 'cuda', 'cuda.bindings', 'tqdm')));"
+    code = blocked + "from mlacore.__main__ import main; sys.exit(main(['info']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^NVRTC +missing$", done.stdout, re.MULTILINE)
+    assert re.search(r"^CuPy +missing$", done.stdout, re.MULTILINE)
+    assert "0 of " in done.stdout
+    assert "mlacore[cu13]" in done.stdout
+    assert "Ready: NumPy arrays" in done.stdout
+
+
+def test_a_library_that_breaks_on_import_is_reported_not_raised():
+    def broken() -> str:
+        raise OSError("cannot open shared object")
+
+    found = info._library(broken)
+    assert found.version is None
+    assert "OSError: cannot open shared object" in found.problem
+
+
+def test_demo_decodes_and_checks_on_the_cpu(capsys):
+    assert main(["demo", "--device", "cpu", "--batch", "3", "--max-length", "200", "--steps", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "DeepSeek-V2-Lite" in text
+    assert "3 of 3 sequences" in text
+    assert float(re.search(r"([\d.e+-]+) relative", text).group(1)) < demo.ERROR_LIMIT
+
+
+def test_demo_fails_when_the_result_is_wrong(monkeypatch, capsys):
+    exact = demo.mlacore.mla_decode_reference
+    monkeypatch.setattr(demo.mlacore, "mla_decode_reference", lambda *a, **k: (1.01 * exact(*a, **k)[0], None))
+    assert demo.run(device="cpu", batch=2, max_length=100, steps=1) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_demo_refuses_a_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(info, "collect", lambda: changed(driver_cuda=None, gpus=()))
+    assert main(["demo", "--device", "gpu"]) == 1
+    assert "no NVIDIA driver" in capsys.readouterr().out
+
+
+def test_demo_reproduces_the_quoted_cache_figures():
+    text = demo.cache_report(demo.DEEPSEEK_V3, tokens=1_000_000)
+    assert "576 / 32,768 = 1.76%" in text
+    assert "57 times smaller" in text
+    assert "207,360" in text  # DeepSeek-V2: 60 layers, 576 values, 6 bits
+    assert "3,112,960: 6.66%" in text  # DeepSeek 67B: 95 layers, 8 KV heads of 128, K and V, 16 bits
+    assert "34,560 / 194,560 values = 17.8%" in text
+    assert "MLA 70.27 GB" in text  # 61 layers of 1,152 bytes
+    assert "28.12%" in text
+    assert "14.06%" in demo.cache_report(demo.DEEPSEEK_V2_LITE, tokens=1)
+
+
+@pytest.mark.parametrize("command", [[], ["info"], ["demo"], ["compile"]])
+def test_help_is_there(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    assert stopped.value.code == 0
+    assert "usage: python -m mlacore" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--batch", "0"], ["demo", "--device", "tpu"]])
+def test_wrong_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err

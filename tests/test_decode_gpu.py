@@ -1,0 +1,344 @@
+"""The SM90 kernels against the oracle, and what must hold bit by bit. Needs a Hopper GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import CORNERS, GRID, PAGE_SIZE, TINY, Case, Inputs, make_inputs
+from compare import LSE_RULE, OUT_RULES, Rule, assert_close
+
+from mlacore import driver, mla_decode, mla_decode_reference, plan_decode
+from mlacore.arrays import as_dtype
+from mlacore.plan import schedule
+
+pytestmark = pytest.mark.gpu
+
+
+def by_id(case: Case) -> str:
+    return case.id
+
+
+@pytest.fixture
+def cupy() -> Any:
+    import cupy
+
+    return cupy
+
+
+def plan_of(case: Case, inputs: Inputs, **options: Any) -> Any:
+    counts = {"num_heads": case.num_heads, "seq_len_q": case.seq_len_q, "num_kv_heads": case.num_kv_heads}
+    options = {"causal": case.causal, "num_workers": case.num_workers} | options
+    return plan_decode(inputs.cache_seqlens, **counts, **options)
+
+
+def buffers(case: Case, cupy: Any) -> tuple[Any, Any]:
+    """Output buffers full of NaN."""
+    out = cupy.full((case.batch, case.seq_len_q, case.num_heads, 512), np.nan, cupy.float32)
+    lse = cupy.full((case.batch, case.num_heads, case.seq_len_q), np.nan, cupy.float32)
+    return out.astype(as_dtype(case.dtype)), lse
+
+
+def run(case: Case, inputs: Inputs, cupy: Any, **options: Any) -> tuple[Any, Any]:
+    options = {"plan": plan_of(case, inputs), "causal": case.causal} | options
+    out, lse = buffers(case, cupy)
+    # Scratch memory full of NaN: a state that is merged without having been written shows.
+    options["plan"].partial_out[...] = np.nan
+    options["plan"].partial_lse[...] = np.nan
+    return mla_decode(*inputs, out=out, lse=lse, **options)
+
+
+def is_close_on_device(got: Any, expected: Any, rule: Rule, cupy: Any) -> bool:
+    """The comparator's rule computed on the GPU, which spares the grid the copies to the host."""
+    is_finite = cupy.isfinite(expected)
+    if not (got[~is_finite].astype(np.float64) == expected[~is_finite]).all():
+        return False
+    a = cupy.where(is_finite, got.astype(np.float64), 0.0)
+    b = cupy.where(is_finite, expected, 0.0)
+    error = cupy.abs(a - b)
+    passes = ((error < rule.abs_tol) | (error < rule.rel_tol * cupy.abs(b))).all()
+    squares = float((a * a + b * b).sum())
+    cosine = 1 - 2 * float((a * b).sum()) / squares if squares else 0.0
+    return bool(passes) and cosine <= rule.cos_tol
+
+
+def check(case: Case, cupy: Any, inputs: Inputs | None = None, **options: Any) -> None:
+    inputs = make_inputs(case, cupy) if inputs is None else inputs
+    results = run(case, inputs, cupy, **options)
+    expected = mla_decode_reference(*inputs, causal=case.causal)
+    for name, got, reference, rule in zip(
+        ("out", "lse"), results, expected, (OUT_RULES[case.dtype], LSE_RULE), strict=True
+    ):
+        if not is_close_on_device(got, reference, rule, cupy):
+            assert_close(got, reference, rule, name)
+            pytest.fail(f"{name}: the host comparison passes, the one on the device does not")
+
+
+def assert_same_bits(got: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
+    for name, a, b in zip(("out", "lse"), got, expected, strict=True):
+        assert a.get().tobytes() == b.get().tobytes(), name
+
+
+@pytest.mark.parametrize("case", GRID, ids=by_id)
+def test_grid(case, cupy):
+    check(case, cupy)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", TINY, ids=by_id)
+def test_tiny(case, dtype, cupy):
+    check(dataclasses.replace(case, dtype=dtype), cupy)
+
+
+@pytest.mark.parametrize("case", CORNERS, ids=by_id)
+def test_corners(case, cupy):
+    check(case, cupy)
+
+
+SPLIT = Case(5, 2, 3000, 100, varlen=True, causal=True, seed=3)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 10, 100, 500])
+def test_any_number_of_workers(num_workers, cupy):
+    check(dataclasses.replace(SPLIT, num_workers=num_workers), cupy)
+
+
+def test_same_call_same_bits(cupy):
+    inputs = make_inputs(SPLIT, cupy)
+    first = run(SPLIT, inputs, cupy)
+    for _ in range(5):
+        assert_same_bits(run(SPLIT, inputs, cupy), first)
+
+
+def test_place_of_pages_does_not_matter(cupy):
+    host = make_inputs(SPLIT)
+    order = np.random.default_rng(5).permutation(len(host.kv_cache)).astype(np.int32)
+    pool = np.empty_like(host.kv_cache)
+    pool[order] = host.kv_cache
+    used = host.block_table < len(order)
+    table = np.where(used, order[np.where(used, host.block_table, 0)], host.block_table).astype(np.int32)
+    moved = [cupy.asarray(pool.view(np.uint16)).view(pool.dtype), cupy.asarray(table)]
+    inputs = make_inputs(SPLIT, cupy)
+    expected = run(SPLIT, inputs, cupy)
+    assert_same_bits(run(SPLIT, inputs._replace(kv_cache=moved[0], block_table=moved[1]), cupy), expected)
+
+
+def test_strided_pool_queries_and_table(cupy):
+    inputs = make_inputs(SPLIT, cupy)
+    expected = run(SPLIT, inputs, cupy)
+    pool = cupy.full((len(inputs.kv_cache), 3, PAGE_SIZE, 1, 640), np.nan, cupy.float32).astype(inputs.q.dtype)
+    layer = pool[:, 1, :, :, 64:]
+    layer[...] = inputs.kv_cache
+    q = cupy.full((2, 5, 100, 2, 584), np.nan, cupy.float32).astype(inputs.q.dtype)
+    q_view = q.transpose(1, 3, 2, 0, 4)[:, :, :, 1, :576]
+    q_view[...] = inputs.q
+    table = cupy.zeros((5, 2 * inputs.block_table.shape[1]), cupy.int32)[:, : inputs.block_table.shape[1]]
+    table[...] = inputs.block_table
+    assert_same_bits(run(SPLIT, inputs._replace(q=q_view, kv_cache=layer, block_table=table), cupy), expected)
+
+
+def test_scale(cupy):
+    inputs = make_inputs(SPLIT, cupy)
+    for scale in (1e-6, 0.135, 3.0):
+        out, lse = run(SPLIT, inputs, cupy, softmax_scale=scale)
+        expected_out, expected_lse = mla_decode_reference(*inputs, causal=True, softmax_scale=scale)
+        assert_close(out, expected_out, OUT_RULES["bfloat16"])
+        assert_close(lse, expected_lse, LSE_RULE, "lse")
+
+
+def test_scores_that_grow_along_the_sequence(cupy):
+    """Every tile's scores exceed the last one's by far more than the softmax reference's slack."""
+    case = Case(1, 1, 1024, 64, dtype="float16", num_workers=1)
+    inputs = make_inputs(case, cupy)
+    q = cupy.zeros_like(inputs.q)
+    q[..., 0] = 8
+    pages = inputs.block_table[0, : 1024 // PAGE_SIZE]
+    pool = inputs.kv_cache.copy()
+    pool[pages, :, 0, 0] = cupy.arange(1024, dtype=cupy.float32).reshape(-1, PAGE_SIZE).astype(cupy.float16) / 8
+    check(case, cupy, inputs._replace(q=q, kv_cache=pool), softmax_scale=576**-0.5)
+
+
+def test_nan_in_a_sequence_stays_there(cupy):
+    case = Case(3, 1, 200, 16)
+    inputs = make_inputs(case, cupy)
+    pool = inputs.kv_cache.copy()
+    pool[inputs.block_table[1, 0], 5] = np.nan
+    out, lse = run(case, inputs._replace(kv_cache=pool), cupy)
+    is_nan = cupy.isnan(out.astype(np.float32)).all(axis=(1, 2, 3)).get()
+    assert is_nan.tolist() == [False, True, False]
+    assert cupy.isnan(lse).all(axis=(1, 2)).get().tolist() == [False, True, False]
+    expected, _ = run(case, inputs, cupy)
+    assert (out[[0, 2]] == expected[[0, 2]]).all()
+
+
+def test_pages_outside_the_pool_read_as_zeros(cupy):
+    case = Case(2, 1, 300, 16)
+    inputs = make_inputs(case, cupy)
+    table, pool = inputs.block_table.copy(), inputs.kv_cache.copy()
+    pool[inputs.block_table[0, 1]] = 0
+    pool[inputs.block_table[1, 3]] = 0
+    expected = run(case, inputs._replace(kv_cache=pool), cupy)
+    table[0, 1], table[1, 3] = -5, 2147480000
+    assert_same_bits(run(case, inputs._replace(block_table=table), cupy), expected)
+    # a table that is too narrow for the lengths
+    pool[inputs.block_table[0, 4:5]] = 0
+    pool[inputs.block_table[1, 4:5]] = 0
+    narrow = table[:, :4]
+    assert_same_bits(
+        run(case, inputs._replace(block_table=narrow), cupy), run(case, inputs._replace(kv_cache=pool), cupy)
+    )
+
+
+def test_check_mode_names_sequence_and_column(cupy, monkeypatch):
+    case = Case(2, 1, 300, 16)
+    inputs = make_inputs(case, cupy)
+    inputs.block_table[1, 3] = len(inputs.kv_cache)
+    monkeypatch.setenv("MLACORE_CHECK", "1")
+    with pytest.raises(IndexError, match="sequence 1, column 3"):
+        mla_decode(*inputs)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 31, 512, 513, 1500])
+@pytest.mark.parametrize("num_workers", [1, 7, 132])
+def test_device_planner_equals_the_host_one(batch, num_workers, cupy):
+    rng = np.random.default_rng(batch * num_workers)
+    for top in (1, 300, 100_000):
+        lengths = rng.integers(-2, top, batch).astype(np.int32)
+        plan = plan_decode(cupy.asarray(lengths), num_heads=16, num_workers=num_workers)
+        work, splits = schedule(lengths, num_workers)
+        np.testing.assert_array_equal(plan.work.get(), work)
+        np.testing.assert_array_equal(plan.splits.get(), splits)
+
+
+def test_plan_of_other_lengths_is_still_right(cupy):
+    case = dataclasses.replace(SPLIT, batch=6, lengths=(3000, 64, 0, 5000, 10, 900), causal=False)
+    inputs = make_inputs(case, cupy)
+    for planned in ([0] * 6, [9000, 0, 9000, 0, 0, 9000], [10, 5000, 3000, 64, 900, 0]):
+        plan = plan_decode(cupy.asarray(planned, cupy.int32), num_heads=100, seq_len_q=2)
+        check(case, cupy, inputs, plan=plan)
+
+
+def test_graph_replay_sees_new_lengths_and_tables(cupy):
+    case = Case(6, 1, 2000, 128, varlen=True)
+    first, second = make_inputs(case, cupy), make_inputs(dataclasses.replace(case, seed=1), cupy)
+    # Both sets of sequences in one pool and one table shape.
+    columns = max(first.block_table.shape[1], second.block_table.shape[1])
+    pool = cupy.concatenate([first.kv_cache.view(np.uint16), second.kv_cache.view(np.uint16)]).view(first.q.dtype)
+
+    def table_of(inputs: Inputs, offset: int) -> Any:
+        wide = cupy.full((case.batch, columns), 2147480000, cupy.int32)
+        wide[:, : inputs.block_table.shape[1]] = inputs.block_table + offset
+        return wide
+
+    tables = [table_of(first, 0), table_of(second, len(first.kv_cache))]
+    lengths = [first.cache_seqlens, second.cache_seqlens]
+    q, table, seqlens = first.q.copy(), tables[0].copy(), lengths[0].copy()
+    plan = plan_decode(seqlens, num_heads=128)
+    out, lse = buffers(case, cupy)
+
+    def step(stream: Any = None) -> None:
+        plan.update(seqlens, stream=stream)
+        mla_decode(q, pool, table, seqlens, plan=plan, out=out, lse=lse, stream=stream)
+
+    step()  # loads the kernels
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        step()
+        graph = stream.end_capture()
+    for index in (1, 0, 1):
+        q[...] = (first, second)[index].q
+        table[...], seqlens[...] = tables[index], lengths[index]
+        out[...], lse[...] = np.nan, np.nan
+        cupy.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        expected_out, expected_lse = mla_decode_reference(q, pool, table, seqlens)
+        assert_close(out, expected_out, OUT_RULES["bfloat16"])
+        assert_close(lse, expected_lse, LSE_RULE, "lse")
+
+
+def test_two_streams_at_once(cupy):
+    cases = [dataclasses.replace(SPLIT, seed=seed) for seed in (1, 2)]
+    inputs = [make_inputs(case, cupy) for case in cases]
+    expected = [run(case, given, cupy) for case, given in zip(cases, inputs, strict=True)]
+    plans = [plan_of(case, given) for case, given in zip(cases, inputs, strict=True)]
+    results = [[buffers(SPLIT, cupy) for _ in range(20)] for _ in cases]
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in cases]
+    cupy.cuda.Device().synchronize()
+    for i in range(20):
+        for index, stream in enumerate(streams):
+            out, lse = results[index][i]
+            mla_decode(*inputs[index], plan=plans[index], causal=True, out=out, lse=lse, stream=stream)
+    cupy.cuda.Device().synchronize()
+    for index in range(2):
+        for result in results[index]:
+            assert_same_bits(result, expected[index])
+
+
+# FlashMLA's relative L2 error on such data is 2.0e-3, of which 1.65e-3 is the rounding of the output to bfloat16.
+@pytest.mark.parametrize("length", [4096, 1 << 17, 1 << 20])
+@pytest.mark.parametrize("num_heads", [16, 128])
+def test_error_does_not_grow_with_the_length(length, num_heads, cupy):
+    case = Case(1, 1, length, num_heads)
+    inputs = make_inputs(case, cupy)
+    out, lse = run(case, inputs, cupy)
+    expected_out, expected_lse = mla_decode_reference(*inputs)
+    error = cupy.sqrt(((out.astype(np.float64) - expected_out) ** 2).sum() / (expected_out**2).sum())
+    lse_error = cupy.abs(lse - expected_lse).max()
+    print(f"length {length}, {num_heads} heads: relative L2 {float(error):.2e}, lse {float(lse_error):.1e}")
+    assert float(error) < 2.1e-3
+    assert float(lse_error) < 3e-6
+
+
+def test_other_gpus_are_named(cupy, monkeypatch):
+    monkeypatch.setattr(driver, "compute_capability", lambda device: (8, 0))
+    driver._function.cache_clear()
+    inputs = make_inputs(TINY[0], cupy)
+    with pytest.raises(RuntimeError, match=r"need a Hopper GPU .* is NVIDIA .* with 8\.0"):
+        mla_decode(*inputs)
+
+
+SANITIZED = """
+import sys
+sys.path.insert(0, "tests")
+import cupy
+from cases import CORNERS, TINY, make_inputs
+from mlacore import mla_decode, plan_decode
+for case in [*TINY, *(c for c in CORNERS if c.batch < 128)]:
+    inputs = make_inputs(case, cupy)
+    counts = dict(num_heads=case.num_heads, seq_len_q=case.seq_len_q, num_kv_heads=case.num_kv_heads)
+    workers = case.num_workers or min(16, case.batch * 3)
+    plan = plan_decode(inputs.cache_seqlens, **counts, causal=case.causal, num_workers=workers)
+    mla_decode(*inputs, plan=plan, causal=case.causal)
+cupy.cuda.Device().synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_sanitizer_is_clean(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer on the PATH")
+    root = Path(__file__).parents[1]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_plan_keeps_no_reference_to_the_lengths(cupy):
+    """Lengths may be freed after planning; the plan holds its own numbers."""
+    lengths = cupy.asarray([100, 5000], cupy.int32)
+    plan = plan_decode(lengths, num_heads=16)
+    before = SimpleNamespace(work=plan.work.get(), splits=plan.splits.get())
+    lengths[...] = 0
+    np.testing.assert_array_equal(plan.work.get(), before.work)
+    np.testing.assert_array_equal(plan.splits.get(), before.splits)

@@ -1,0 +1,96 @@
+"""The wheel is whole and stands alone, make targets install nothing where told so, and the linters are content."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("cupy", "numba", "torch", "jax")
+
+
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
+    """Output of a command; the test fails with all of it if the command does."""
+    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    pytest.importorskip("build", reason="needs the test extra")
+    pytest.importorskip("hatchling", reason="needs the test extra")
+    folder = tmp_path_factory.mktemp("wheel")
+    # Without isolation nothing is fetched: the backend is the one installed here.
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT), cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_package_and_kernel_sources_and_nothing_else(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    sources = {f"mlacore/cuda/{path.name}" for path in (ROOT / "cuda").iterdir()}
+    assert any(name.endswith(".cu") for name in sources)
+    assert sources <= names
+    assert {f"mlacore/{path.name}" for path in (ROOT / "mlacore").glob("*.py")} <= names
+    assert "mlacore/py.typed" in names
+    assert not [name for name in names if name.endswith("cuda/__init__.py")]
+    assert {re.sub(r"-.*", "", name.split("/")[0]) for name in names} == {"mlacore"}
+
+
+def test_wheel_works_outside_the_checkout(wheel, tmp_path):
+    target = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    code = f"""
+import pathlib, sys
+import numpy as np
+import mlacore, mlacore.jit
+target = pathlib.Path({str(target)!r})
+assert pathlib.Path(mlacore.__file__).is_relative_to(target), mlacore.__file__
+assert mlacore.jit.source_dir() == target / "mlacore" / "cuda", mlacore.jit.source_dir()
+cache = mlacore.PagedKVCache(4, max_seqs=1, dtype="float32", device="cpu")
+seqs = cache.allocate(1)
+cache.append(seqs, np.ones((1, 70, 512), np.float32), np.ones((1, 70, 64), np.float32))
+out, lse = mlacore.mla_decode(np.ones((1, 1, 2, 576), np.float32), cache.pool, *cache.batch(seqs))
+assert np.allclose(out, 1) and np.allclose(lse, 24 + np.log(70)), (out, lse)
+assert not set({HEAVY!r}) & set(sys.modules)
+"""
+    run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+
+
+def test_sources_do_not_shadow_the_cuda_namespace():
+    assert not (ROOT / "cuda" / "__init__.py").exists()
+    pytest.importorskip("cuda.bindings", reason="needs the cu13 extra")
+    run(sys.executable, "-c", "import cuda.bindings.driver", cwd=ROOT)  # with ./cuda first on the path
+
+
+@pytest.mark.parametrize(
+    "target", ["install", "demo", "test", "test-gpu", "compile", "bench", "table", "lint", "format"]
+)
+def test_no_target_installs_into_an_existing_interpreter(target):
+    plan = run("make", "--dry-run", target, f"PYTHON={sys.executable}", "VENV=")
+    assert sys.executable in plan
+    assert "pip" not in plan
+    assert "venv " not in plan
+
+
+def test_every_target_is_explained():
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    explained = re.findall(r"^  ([a-z-]+) ", run("make", "help"), re.MULTILINE)
+    assert sorted(explained) == sorted(phony.split())
+
+
+@pytest.mark.parametrize("arguments", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)])
+def test_linters_are_clean(arguments):
+    pytest.importorskip(arguments[0], reason="needs the test extra")
+    run(sys.executable, "-m", *arguments)
