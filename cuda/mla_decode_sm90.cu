@@ -456,7 +456,7 @@ struct Consumer {
         const float group_sum = quad_sum(sum.r[i]);
         if (lane % 4 == 0) sums[kGroupIndex][row + 8 * i] = group_sum;
       }
-      bar_sync(kSums, kConsumerThreads);
+      barrier_cta_sync(kSums, kConsumerThreads);
 #pragma unroll
       for (u32 i = 0; i < 2; ++i) total[i] = sums[0][row + 8 * i] + sums[1][row + 8 * i];
     }

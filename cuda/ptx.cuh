@@ -52,9 +52,15 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(u32 barrier, u32 parity
 }
 
 // ---- named barriers ("barrier{.cta}") ------------------------------------------------------------------------------
+// bar.* is barrier.cta.*.aligned: all threads of a barrier come to it at one place in the code.
 
 __device__ __forceinline__ void bar_sync(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// For threads that come to it at different places.
+__device__ __forceinline__ void barrier_cta_sync(u32 id, u32 threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ void bar_arrive(u32 id, u32 threads) {
