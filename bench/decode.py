@@ -223,9 +223,9 @@ def run(cases: Sequence[Case], *, budget: Budget, use_peers: bool, command: str)
             inputs = stock.inputs(case)
             cupy.cuda.Device().synchronize()
             rows.append(bench.row(case, inputs))
-        except (AssertionError, RuntimeError) as error:
-            failures.append(str(error))
-            print(f"  FAILED {error}")
+        except Exception as error:  # reported, and the exit status; the other rows must not be lost with this one
+            failures.append(f"{case.id}: {type(error).__name__}: {error}")
+            print(f"  FAILED {failures[-1]}")
             continue
         print(f"  {case.id}: {rows[-1]['mlacore']['us']:.1f} µs, floor {rows[-1]['floor_us']:.1f} µs", flush=True)
     result = {
