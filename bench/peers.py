@@ -55,6 +55,7 @@ class FlashMla:
             return self._op(q, kv, 512, lengths, table, scale, causal, meta, num_splits, out)
 
         out, _, meta, num_splits = attend(*sets[0], None, None, None)
+        out = out.reshape(out.shape[0], 1, -1, out.shape[-1])  # as the op wants it: [b, KV heads, rows, 512]
         yield [functools.partial(attend, q, table, meta, num_splits, out) for q, table in sets]
 
 
