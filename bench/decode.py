@@ -144,7 +144,7 @@ def _check(inputs: Inputs, call: Callable[[], Any], stream: Any) -> dict[str, An
         cost += inputs.flops * float(inputs.lengths[seq]) / float(inputs.lengths.sum())
         if not chosen or cost <= CHECK_FLOP:
             chosen.append(seq)
-    outs, references = [], []
+    reports = []
     for seq in chosen:
         length = int(inputs.lengths[seq])
         num_pages = -(-length // PAGE_SIZE)
@@ -153,11 +153,15 @@ def _check(inputs: Inputs, call: Callable[[], Any], stream: Any) -> dict[str, An
         reference, lse = mlacore.mla_decode_reference(
             inputs.q[0][seq : seq + 1].get(), pages, in_order, np.array([length]), causal=inputs.case.causal
         )
-        outs.append(inputs.out[0][seq].get())
-        references.append(reference[0])
-        assert_close(inputs.lse[0][seq], lse[0], LSE_RULE, f"{inputs.case.id}: lse of sequence {seq}")
-    report = assert_close(np.stack(outs), np.stack(references), OUT_RULE, f"{inputs.case.id}: out of {chosen}")
-    return {"sequences": len(chosen), "max_abs": report.max_abs, "relative_l2": report.relative_l2}
+        # Each sequence by itself: outputs shrink with the length, and a short one's would drown the others' errors.
+        what = f"{inputs.case.id}: sequence {seq} of {length} tokens"
+        assert_close(inputs.lse[0][seq], lse[0], LSE_RULE, f"{what}: lse")
+        reports.append(assert_close(inputs.out[0][seq], reference[0], OUT_RULE, f"{what}: out"))
+    return {
+        "sequences": len(chosen),
+        "max_abs": max(report.max_abs for report in reports),
+        "relative_l2": max(report.relative_l2 for report in reports),
+    }
 
 
 def describe_gpu() -> dict[str, Any]:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        print('no plot: matplotlib is not installed (python3 -m pip install "mlacore[bench]")')
+        print("no plot: matplotlib is not installed (pip install matplotlib)")
         return 0
     for result in newest_results(arguments.results):
         path = arguments.results / f"{result['gpu']['slug']}.png"

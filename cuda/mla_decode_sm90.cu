@@ -45,11 +45,11 @@
 // stages, and the odd tile's is the one that the other group waits for (with both overlaid, and the group barrier that
 // this takes: -6 % at b=128, s_q=2, s_k=16K, H100).
 //
-// What limits it (b=128, s_q=2, s_k=16K, h_q=128, H100): 698 TFLOP/s; about 5200 cycles a pair of tiles, of which the
-// tensor cores need 4352. The loop of a stage is the longest chain: about 1000 cycles from its release to the first
-// chunk and 1300 until the last, 400 for the rest of QK^T, 700 for the softmax (at half the usual issue rate, next to
-// the other group's WGMMAs), 1000 for both halves of P V and their hand-over. Tried without gain: prefetching pages to L2
-// (-25 % where memory-bound), releasing quarters of a stage.
+// What limits it (H100, b=128, h_q=128, s_q=2, s_k=16K): 645 to 698 TFLOP/s over runs; traced with clock reads, about
+// 5300 cycles a pair of tiles, of which the tensor cores need 4352. The loop of a stage is the longest chain: about 1000
+// cycles from its release to the first chunk and 1300 until the last, 400 for the rest of QK^T, 700 for the softmax
+// (next to the other group's WGMMAs it issues at half its rate), then both halves of P V and their hand-over. What was
+// tried without gain stands in the CHANGELOG.
 #include "epilogue.cuh"
 #include "layout.cuh"
 #include "params.cuh"
@@ -81,7 +81,6 @@ constexpr u32 kRopeChunk = kChunks - 1;
 constexpr u32 kStepsPerChunk = kChunkColumns / kReductionStep;
 constexpr u32 kStepsPerTile = kTileTokens / kReductionStep;
 constexpr u32 kShareRows = kTileTokens / kClusterCtas;  // rows of a tile that each CTA of the cluster loads for all
-constexpr float kLn2 = 0.693147180559945309f;
 
 static_assert(kTileRows == 64, "WGMMA works on 64 rows");
 static_assert(kTileTokens == kChunkRows && kTileTokens == kChunkColumns, "a chunk holds a tile's tokens, or its P");
@@ -104,38 +103,9 @@ struct SharedPlan {
 };
 static_assert(sizeof(SharedPlan) <= MLA_SHARED_BYTES, "mlacore/params.py asks for less shared memory");
 
+using Tiles = ItemTiles<kTileTokens, kStages>;
+
 enum NamedBarrier : u32 { kGroup = 1, kProbabilities = kGroup + kConsumerGroups, kSums = kProbabilities + kStages };
-
-// One tile of an item, as the consumers need it.
-struct Tile {
-  u32 stage;
-  u32 phase;
-  i32 first_token;
-  i32 valid_tokens;  // tokens of the sequence from first_token on
-  bool needs_mask;   // some row of the CTA sees fewer
-};
-
-// The tiles of an item; `tiles_before` counts those of earlier items, which fixes stages and phases.
-struct ItemTiles {
-  i32 count;
-  i32 begin_tile;
-  i32 length;
-  i32 shortest_limit;  // tokens that the CTA's first row sees
-  u32 tiles_before;
-
-  __device__ __forceinline__ ItemTiles(const DecodeParams& params, const Block& block, const Item& item, u32 before)
-      : count(item.num_tiles()), begin_tile(item.begin_tile), length(item.length), tiles_before(before) {
-    const i32 first_seq = block.row_block * i32(kTileRows) / params.heads_per_kv;
-    shortest_limit = params.causal ? length - (params.seq_len_q - 1 - first_seq) : length;
-  }
-
-  __device__ __forceinline__ Tile operator[](i32 index) const {
-    const u32 position = tiles_before + u32(index);
-    const i32 first_token = (begin_tile + index) * i32(kTileTokens);
-    return {position % kStages, position / kStages % 2, first_token, length - first_token,
-            first_token + i32(kTileTokens) > shortest_limit};
-  }
-};
 
 // ---- producers -----------------------------------------------------------------------------------------------------
 
@@ -377,18 +347,23 @@ struct Consumer {
     }
   }
 
+  // Softmax and O update of an even tile, whose scores are complete.
+  __device__ __forceinline__ void attend_own(const Tile& even) {
+    rescale_out(own_softmax(even));  // 2
+    start_own_out(even);             // 3
+    publish_probabilities(even);     // 4
+    finish_out();
+    release_half(even);  // 5
+  }
+
   // Even tiles are this group's own. The tile of one pair is scored behind the O update of the pair before.
-  __device__ __forceinline__ void attend_even(const ItemTiles& tiles) {
+  __device__ __forceinline__ void attend_even(const Tiles& tiles) {
     start_scores<0, kChunks>(tiles[0]);  // 1
     finish_scores();
     i32 a = 0;
     for (; a + 2 < tiles.count; a += 2) {
       const Tile even = tiles[a], odd = tiles[a + 1], next = tiles[a + 2];
-      rescale_out(own_softmax(even));  // 2
-      start_own_out(even);             // 3
-      publish_probabilities(even);     // 4
-      finish_out();
-      release_half(even);  // 5
+      attend_own(even);
       rescale_out(take_probabilities(odd));
       start_peer_out(odd);  // 6
       // 1': one chunk keeps the tensor cores fed while the O update is awaited
@@ -401,11 +376,7 @@ struct Consumer {
     }
     release_q();
     const Tile even = tiles[a];
-    rescale_out(own_softmax(even));
-    start_own_out(even);
-    publish_probabilities(even);
-    finish_out();
-    release_half(even);
+    attend_own(even);
     if (a + 1 < tiles.count) {
       const Tile odd = tiles[a + 1];
       rescale_out(take_probabilities(odd));
@@ -416,7 +387,7 @@ struct Consumer {
   }
 
   // Odd tiles are this group's own.
-  __device__ __forceinline__ void attend_odd(const ItemTiles& tiles) {
+  __device__ __forceinline__ void attend_odd(const Tiles& tiles) {
     i32 a = 0;
     for (; a + 1 < tiles.count; a += 2) {
       const Tile even = tiles[a], odd = tiles[a + 1];
@@ -507,7 +478,7 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
     for (u32 i = 0; i < kGroupColumns / 2; ++i) group.out[i] = 0.f;
     if (item.num_tiles() > 0) {
       wait_phase(shared_address(&shared.q_full), items_with_tiles % 2);
-      const ItemTiles tiles(params, block, item, tiles_before);
+      const Tiles tiles(params, block, item, tiles_before);
       if constexpr (kGroupIndex == 0) {
         group.attend_even(tiles);
       } else {

@@ -2,7 +2,6 @@
 // sequence. One block; a sequence a thread, in rounds for larger batches. Nothing depends on the lengths but the values
 // written, so that a CUDA graph can replay it after lengths have changed.
 #include "params.cuh"
-#include "ptx.cuh"
 #include "schedule.cuh"
 
 constexpr u32 kPlanThreads = MLA_PLAN_THREADS;
@@ -13,20 +12,20 @@ static_assert(kItemCostTiles >= 1, "positions of sequences must differ, empty on
 static_assert(kPlanWarps <= kWarpThreads, "one warp scans the warps' sums");
 
 // Sum over the threads before this one; `total` receives the sum over the block.
-__device__ __forceinline__ i32 exclusive_sum(i32 value, i32* warp_sums, i32& total) {
+__device__ __forceinline__ Position exclusive_sum(Position value, Position* warp_sums, Position& total) {
   const u32 lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
-  i32 inclusive = value;
+  Position inclusive = value;
   for (u32 offset = 1; offset < kWarpThreads; offset *= 2) {
-    const i32 below = __shfl_up_sync(0xffffffffu, inclusive, offset);
+    const Position below = __shfl_up_sync(0xffffffffu, inclusive, offset);
     if (lane >= offset) inclusive += below;
   }
   __syncthreads();  // an earlier call's warp_sums have been read
   if (lane == kWarpThreads - 1) warp_sums[warp] = inclusive;
   __syncthreads();
-  i32 before = 0;
+  Position before = 0;
   total = 0;
   for (u32 i = 0; i < kPlanWarps; ++i) {
-    const i32 sum = warp_sums[i];
+    const Position sum = warp_sums[i];
     before += i < warp ? sum : 0;
     total += sum;
   }
@@ -34,28 +33,28 @@ __device__ __forceinline__ i32 exclusive_sum(i32 value, i32* warp_sums, i32& tot
 }
 
 extern "C" __global__ void __launch_bounds__(kPlanThreads) mla_plan(const __grid_constant__ PlanParams params) {
-  __shared__ i32 warp_sums[kPlanWarps];
+  __shared__ Position warp_sums[kPlanWarps];
   const i32 rounds = (params.batch + i32(kPlanThreads) - 1) / i32(kPlanThreads);
   const auto tiles_at = [&](i32 sequence) {
     return sequence < params.batch ? tiles_of(params.cache_seqlens[sequence], kTileTokens) : 0;
   };
 
   // Length of the line: all tiles, and the cost of every change of sequence.
-  i32 line = (params.batch - 1) * kItemCostTiles;
+  Position line = Position(params.batch - 1) * kItemCostTiles;
   for (i32 round = 0; round < rounds; ++round) {
-    i32 tiles_of_round;
+    Position tiles_of_round;
     exclusive_sum(tiles_at(round * i32(kPlanThreads) + i32(threadIdx.x)), warp_sums, tiles_of_round);
     line += tiles_of_round;
   }
-  const i32 extent = worker_extent(line, params.num_workers);
+  const Position extent = worker_extent(line, params.num_workers);
 
-  i32 tiles_before = 0;
+  Position tiles_before = 0;
   for (i32 round = 0; round < rounds; ++round) {
     const i32 sequence = round * i32(kPlanThreads) + i32(threadIdx.x);
     const i32 tiles = tiles_at(sequence);
-    i32 tiles_of_round;
-    const i32 position =
-        tiles_before + exclusive_sum(tiles, warp_sums, tiles_of_round) + sequence * kItemCostTiles;
+    Position tiles_of_round;
+    const Position position =
+        tiles_before + exclusive_sum(tiles, warp_sums, tiles_of_round) + Position(sequence) * kItemCostTiles;
     tiles_before += tiles_of_round;
     if (sequence >= params.batch) continue;
 
@@ -65,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) mla_plan(const __grid
     params.splits[2 * sequence + 1] = last - first + 1;
 
     const i32 previous_tiles = sequence > 0 ? tiles_at(sequence - 1) : 0;
-    const i32 previous_last =
+    const Position previous_last =
         sequence > 0 ? position - kItemCostTiles - previous_tiles + item_extent(previous_tiles) - 1 : -1;
     for (i32 worker = begin_workers_from(previous_last, extent); worker <= last; ++worker) {
       params.work[2 * worker] = sequence;

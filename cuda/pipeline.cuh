@@ -2,7 +2,7 @@
 #pragma once
 #include "ptx.cuh"
 
-// Position in the ring; producer and consumers each walk their own copy through the same sequence of tiles.
+// The producer's position in the ring. Consumers, which look ahead, compute theirs from the number of the tile.
 template <u32 kStages>
 struct RingPosition {
   u32 stage = 0;
@@ -16,7 +16,8 @@ struct RingPosition {
   }
 };
 
-// Spins until the barrier has completed the phase of this parity. -DMLA_WATCHDOG turns a hang into a trap.
+// Spins until the barrier has completed the phase of this parity. In debug builds ("-DMLA_WATCHDOG" added to
+// mlacore.jit.FLAGS) a hang becomes a trap.
 __device__ __forceinline__ void wait_phase(u32 barrier, u32 parity) {
 #ifdef MLA_WATCHDOG
   for (u32 spins = 0; !mbarrier_try_wait_parity(barrier, parity); ++spins) {

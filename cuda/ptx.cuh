@@ -1,4 +1,4 @@
-// The only file with inline assembly: one function per PTX instruction, named after it.
+// The only file with inline assembly: one function per PTX instruction, named after it, and keep_order.
 // Section titles refer to NVIDIA's "Parallel Thread Execution ISA". Whatever waits, arrives or fences clobbers memory,
 // so that the compiler keeps loads and stores on their side of it.
 #pragma once
@@ -23,9 +23,10 @@ __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier at the same offset in CTA `rank` of the cluster. CTA-scope semantics are enough where the data
-// that the barrier guards has only been read by WGMMA or written before a proxy fence; release.cluster would put a
-// MEMBAR.ALL.GPU before every arrival (23 % at b=128, s_q=2, s_k=16K, H100).
+// Arrives at the barrier at the same offset in CTA `rank` of the cluster (mapa, then mbarrier.arrive). The arrival has CTA
+// scope, as is usual for barriers that hand a stage back to TMA: what it guards has been read by completed WGMMAs or
+// written before a proxy fence. release.cluster would put a MEMBAR.ALL.GPU before every arrival: 20 % of the time at
+// b=128, h_q=128, s_q=2, s_k=16K on an H100.
 __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier, u32 rank) {
   asm volatile(
       "{\n .reg .b32 remote;\n"
@@ -52,13 +53,14 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(u32 barrier, u32 parity
 }
 
 // ---- named barriers ("barrier{.cta}") ------------------------------------------------------------------------------
-// bar.* is barrier.cta.*.aligned: all threads of a barrier come to it at one place in the code.
+// bar.* is the aligned form of barrier.cta.*: the threads of a warp come to it together.
 
 __device__ __forceinline__ void bar_sync(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// For threads that come to it at different places.
+// The unaligned form, for a barrier that both groups wait at in their own copies of the code: compute-sanitizer's synccheck
+// takes the aligned one there for divergence. Costs 2 to 3 % where it stands in the loop over tiles.
 __device__ __forceinline__ void barrier_cta_sync(u32 id, u32 threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -156,7 +158,7 @@ __device__ __forceinline__ void st_shared_zero_16(u32 address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0u) : "memory");
 }
 
-// ---- arithmetic ("ex2.approx, lg2.approx, cvt") --------------------------------------------------------------------
+// ---- arithmetic ("ex2.approx, cvt") --------------------------------------------------------------------
 
 __device__ __forceinline__ float ex2(float x) {
   float y;

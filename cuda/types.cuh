@@ -16,6 +16,8 @@ constexpr bool kIsSame = false;
 template <typename A>
 constexpr bool kIsSame<A, A> = true;
 
+constexpr float kLn2 = 0.693147180559945309f;
+
 constexpr u32 kWarpThreads = 32;
 constexpr u32 kWarpgroupThreads = 128;
 

@@ -1,5 +1,5 @@
-// What a CTA works on: a block of query rows, and its worker's share of the schedule, the items (sequence, range of tiles)
-// that every role walks in step.
+// A CTA's share of the work: a block of query rows, and its worker's items of the schedule (sequence, range of tiles), which
+// every role walks in step.
 #pragma once
 #include "params.cuh"
 #include "schedule.cuh"
@@ -63,4 +63,35 @@ class WorkerItems {
  private:
   const DecodeParams& params_;
   i32 begin_sequence_, begin_tile_, end_sequence_, end_tile_, sequence_;
+};
+
+// One tile of an item, as the consumers need it.
+struct Tile {
+  u32 stage;
+  u32 phase;
+  i32 valid_tokens;  // tokens of the sequence from the tile's first one on
+  bool needs_mask;   // some row of the CTA sees fewer
+};
+
+// The tiles of an item; `tiles_before` counts those of earlier items, which fixes stages and phases.
+template <u32 kTileTokens, u32 kStages>
+struct ItemTiles {
+  i32 count;
+  i32 begin_tile;
+  i32 length;
+  i32 shortest_limit;  // tokens that the CTA's first row sees
+  u32 tiles_before;
+
+  __device__ __forceinline__ ItemTiles(const DecodeParams& params, const Block& block, const Item& item, u32 before)
+      : count(item.num_tiles()), begin_tile(item.begin_tile), length(item.length), tiles_before(before) {
+    const i32 first_seq = block.row_block * i32(kRowsPerBlock) / params.heads_per_kv;
+    shortest_limit = params.causal ? length - (params.seq_len_q - 1 - first_seq) : length;
+  }
+
+  __device__ __forceinline__ Tile operator[](i32 index) const {
+    const u32 position = tiles_before + u32(index);
+    const i32 first_token = (begin_tile + index) * i32(kTileTokens);
+    return {position % kStages, position / kStages % 2, length - first_token,
+            first_token + i32(kTileTokens) > shortest_limit};
+  }
 };

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 from typing import TYPE_CHECKING, Any
+
+from mlacore import switches
 
 if TYPE_CHECKING:
     from mlacore.attention import merge_states, mla_decode
-    from mlacore.block_tables import OutOfPagesError, OutOfSequencesError
     from mlacore.cache import PagedKVCache
+    from mlacore.host_tables import OutOfPagesError, OutOfSequencesError
     from mlacore.plan import DecodePlan, plan_decode
     from mlacore.reference import mla_decode_reference
 
@@ -30,8 +31,8 @@ __all__ = [
 # Public name -> module that defines it, imported at first use.
 _HOMES = {
     "DecodePlan": "mlacore.plan",
-    "OutOfPagesError": "mlacore.block_tables",
-    "OutOfSequencesError": "mlacore.block_tables",
+    "OutOfPagesError": "mlacore.host_tables",
+    "OutOfSequencesError": "mlacore.host_tables",
     "PagedKVCache": "mlacore.cache",
     "merge_states": "mlacore.attention",
     "mla_decode": "mlacore.attention",
@@ -54,23 +55,24 @@ def __dir__() -> list[str]:
 
 def _follow_log_switch() -> None:
     """MLACORE_LOG=debug (or another level) shows the package's log on stderr; without it the caller's setup decides."""
-    if level := os.environ.get("MLACORE_LOG"):
+    if (level := switches.log_level()) is not None:
         logger = logging.getLogger("mlacore")
-        logger.setLevel(level.upper())
+        logger.setLevel(level)
         logger.addHandler(logging.StreamHandler())
 
 
 def _load_kernels() -> None:
     """Compile or load the default kernels where a Hopper GPU is there, so that no first call waits for the compiler."""
-    if os.environ.get("MLACORE_COMPILE", "eager") == "lazy":
+    if not switches.compiles_at_import():
         return
     from mlacore import driver
 
-    if driver.hopper_devices():
-        try:
+    try:
+        if driver.hopper_devices():
             driver.load_default_kernels()
-        except ImportError as error:  # NumPy arrays still work; the first GPU call raises this again
-            logging.getLogger("mlacore").warning("no GPU kernels: %s", error)
+    except Exception as error:  # whatever it is, NumPy arrays and `python -m mlacore info` must keep working
+        # The first GPU call raises it again.
+        logging.getLogger("mlacore").warning("no GPU kernels: %s (python -m mlacore info tells more)", error)
 
 
 _follow_log_switch()

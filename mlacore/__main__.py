@@ -18,7 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "compile":
         from mlacore import jit
 
-        jit.compile_all(print)
+        try:
+            jit.compile_all(print)
+        except (ImportError, jit.CompileError) as error:
+            print(error, file=sys.stderr)
+            return 1
         return 0
     from mlacore import demo
 

@@ -86,7 +86,8 @@ def import_cupy() -> Any:
         import cupy
     except ImportError as error:
         raise ImportError(
-            f"GPU arrays need CuPy, which cannot be imported ({error}): pip install cupy-cuda13x"
+            f"GPU arrays need CuPy, which cannot be imported ({error}): "
+            "pip install 'cupy-cuda13x>=14.0.1,<15' 'nvidia-cuda-runtime==13.*'"
         ) from error
     return cupy
 
@@ -130,8 +131,9 @@ def device_name(device: int | None) -> str:
     return "NumPy" if device is None else f"cuda:{device}"
 
 
-def as_stream(stream: Any) -> Any:
-    """A CuPy stream from None (the current one), a CuPy stream, a ``cudaStream_t`` as int, or ``__cuda_stream__``.
+def as_stream(stream: Any, device: int = -1) -> Any:
+    """A CuPy stream from a CuPy stream, a ``cudaStream_t`` as int, ``__cuda_stream__``, or None: the stream current on
+    `device`, where -1 stands for the current device.
 
     Raises
     ------
@@ -140,7 +142,7 @@ def as_stream(stream: Any) -> Any:
     """
     cupy = import_cupy()
     if stream is None:
-        return cupy.cuda.get_current_stream()
+        return cupy.cuda.get_current_stream(device)
     if isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
         return stream
     if isinstance(stream, int):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mlacore import arrays, cpu, shapes
+from mlacore import arrays, cpu, shapes, switches
 from mlacore.params import HEAD_DIM_QK, HEAD_DIM_V, KV_LORA_RANK, PAGE_SIZE, QK_ROPE_HEAD_DIM
 from mlacore.plan import DecodePlan, plan_decode
 
@@ -96,10 +95,12 @@ def mla_decode(
 
     dims = _check_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v, out, lse)
     scale = shapes.resolve_scale(softmax_scale, HEAD_DIM_QK)
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"causal: got {type(causal).__name__}, expected a bool")
     causal = bool(causal)
     if plan is not None:
         _check_plan(plan, dims, causal, arrays.device_of(q))
-    if os.environ.get("MLACORE_CHECK", "0") not in ("", "0"):
+    if switches.checks_indices():
         _check_indices(block_table, cache_seqlens, dims["num_pages"], stream)
 
     if plan is None:
@@ -114,7 +115,7 @@ def mla_decode(
     else:
         from mlacore import driver
 
-        stream = arrays.as_stream(stream)
+        stream = arrays.as_stream(stream, q.data.device_id)
         if out is None or lse is None:
             with arrays.on_device(q.data.device_id, stream) as cupy:
                 out = cupy.empty(out_shape, q.dtype) if out is None else out
@@ -150,6 +151,9 @@ def merge_states(outs: Any, lses: Any, *, stream: Any = None) -> tuple[Any, Any]
     TypeError, ValueError
         If the parts differ in number, shape, dtype or device, or there is none.
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not hasattr(parts, "__iter__"):
+            raise TypeError(f"{name}: got {type(parts).__name__}, expected a sequence of arrays")
     outs, lses = list(outs), list(lses)
     if not outs or len(outs) != len(lses):
         raise ValueError(f"lses: got {len(lses)} parts, expected as many as outs has ({len(outs)}), and at least 1")
@@ -171,7 +175,7 @@ def merge_states(outs: Any, lses: Any, *, stream: Any = None) -> tuple[Any, Any]
         _check_device(f"outs[{i}]", part, outs[0], "outs[0]")
         _check_device(f"lses[{i}]", part_lse, outs[0], "outs[0]")
     if not arrays.is_numpy(outs[0]):
-        context = arrays.on_device(outs[0].data.device_id, arrays.as_stream(stream))
+        context = _on_device_of(outs[0], stream)
     with context as xp, np.errstate(divide="ignore"):
         return _merge(xp, outs, lses)
 
@@ -189,6 +193,11 @@ def _merge(xp: Any, outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
         share = (weight / norm).transpose(0, 2, 1)[..., None]  # [batch, seq_len_q, num_heads, 1]
         merged += xp.where(share == 0, xp.float32(0), part.astype(xp.float32) * share)
     return merged.astype(outs[0].dtype), base + xp.log(total)
+
+
+def _on_device_of(array: Any, stream: Any) -> Any:
+    device = array.data.device_id
+    return arrays.on_device(device, arrays.as_stream(stream, device))
 
 
 def _to_device(named: dict[str, Any], stream: Any) -> dict[str, Any]:
@@ -213,7 +222,7 @@ def _check_arguments(
             f"kv_cache: got num_kv_heads={dims['num_kv_heads']}, expected a divisor of "
             f"num_heads={dims['num_heads']} (from q)"
         )
-    if head_dim_v != HEAD_DIM_V:
+    if not isinstance(head_dim_v, (int, np.integer)) or head_dim_v != HEAD_DIM_V:
         raise ValueError(f"head_dim_v: got {head_dim_v!r}, expected {HEAD_DIM_V} (kv_lora_rank)")
 
     if arrays.is_numpy(q):
@@ -276,17 +285,19 @@ def _check_plan(plan: Any, dims: shapes.Dims, causal: bool, device: int | None) 
 def _check_indices(table: Any, lengths: Any, num_pages: int, stream: Any) -> None:
     """The checking mode: every length fits its row of the table, every page that is used lies in the pool."""
     if not arrays.is_numpy(table):
-        table, lengths = (array.get(stream=arrays.as_stream(stream)) for array in (table, lengths))
+        table, lengths = (
+            array.get(stream=arrays.as_stream(stream, table.data.device_id)) for array in (table, lengths)
+        )
     lengths = lengths.astype(np.int64)
     max_pages = table.shape[1]
     columns = -(-lengths // PAGE_SIZE)
     bad_lengths = np.flatnonzero((lengths < 0) | (columns > max_pages))
     if bad_lengths.size:
         sequence = bad_lengths[0]
+        needs = f", which needs column {columns[sequence] - 1} of block_table" if lengths[sequence] > 0 else ""
         raise IndexError(
-            f"cache_seqlens: sequence {sequence} got length {lengths[sequence]}, which needs column "
-            f"{max(columns[sequence] - 1, 0)} of block_table, expected 0 <= length <= {max_pages * PAGE_SIZE} "
-            f"(max_pages={max_pages} from block_table, page_size={PAGE_SIZE})"
+            f"cache_seqlens: sequence {sequence} got length {lengths[sequence]}{needs}, expected "
+            f"0 <= length <= {max_pages * PAGE_SIZE} (max_pages={max_pages} from block_table, page_size={PAGE_SIZE})"
         )
     used = np.arange(max_pages) < columns[:, None]
     bad_pages = np.argwhere(used & ((table < 0) | (table >= num_pages)))

@@ -1,6 +1,6 @@
 """The paged MLA cache: a pool of pages, a block table that maps sequences onto it, and the rows written into it.
 
-The host's books (`mlacore.block_tables.HostTables`) are the authority. The arrays that attention reads,
+The host's books (`mlacore.host_tables.HostTables`) are the authority. The arrays that attention reads,
 `PagedKVCache.block_table` and `PagedKVCache.cache_seqlens`, mirror them and are updated once a step, by one launch.
 """
 
@@ -11,37 +11,33 @@ from typing import Any
 
 import numpy as np
 
-from mlacore import arrays, shapes
-from mlacore.block_tables import (
-    HostTables,
-    OutOfPagesError,
-    OutOfSequencesError,
-    TableChanges,
-    apply_changes_cuda,
-    apply_changes_numpy,
-)
+from mlacore import arrays, cache_checks, shapes
+from mlacore.block_tables import TableChanges, apply_changes_cuda, apply_changes_numpy
+from mlacore.host_tables import HostTables
 from mlacore.params import KV_LORA_RANK, PAGE_SIZE, QK_ROPE_HEAD_DIM
 
-__all__ = ["OutOfPagesError", "OutOfSequencesError", "PagedKVCache"]
-
-_INT32_MAX = 2**31 - 1
+__all__ = ["PagedKVCache"]
 
 Integers = Sequence[int] | np.ndarray
 
 
 class PagedKVCache:
-    """Latent and RoPE rows of many sequences in one pool of fixed-size pages.
+    """Latent and RoPE rows of many sequences in one pool of fixed-size pages: the cache of one layer.
 
     A sequence is a row of the block table. Tokens are appended to it, pages are claimed from the pool as it grows and
-    return when it is freed. A call that raises an error has changed nothing. Calls on one cache belong on one stream,
-    or on streams that the caller orders, and in one thread at a time.
+    return when it is freed. A call that raises an error has changed nothing.
+
+    Everywhere below, `seqs` are ``[n]`` sequences, on the host: a ValueError names one that is not alive or comes
+    twice. `stream` is the stream to work on; CuPy's current one if None. Calls on one cache belong on one stream, or on
+    streams that the caller orders, and in one thread at a time.
 
     Parameters
     ----------
     num_pages : int
         Pages of the pool.
     page_size : int
-        Tokens of a page.
+        Tokens of a page. The GPU kernels and `mla_decode` serve pages of 64 tokens with rows of 512 + 64 values, and no
+        others: a cache of other sizes, which NumPy alone takes, is for storing.
     kv_lora_rank : int
         Values of a token's latent, the first part of its row.
     qk_rope_head_dim : int
@@ -54,7 +50,7 @@ class PagedKVCache:
         Longest sequence in tokens; the block table has ``ceil(max_seq_len / page_size)`` columns, `num_pages` at most.
     device : int or str, optional
         ``"cpu"`` for NumPy; ``"cuda"`` for CuPy's current device; ``"cuda:1"`` or ``1`` for that one. None takes a
-        Hopper GPU if there is one, else NumPy. On a GPU a row must be 512 + 64 values and a page 64 tokens.
+        Hopper GPU if there is one, else NumPy.
 
     Attributes
     ----------
@@ -101,19 +97,17 @@ class PagedKVCache:
         max_seq_len: int = 2**20,
         device: int | str | None = None,
     ) -> None:
-        self.num_pages = shapes.check_count("num_pages", num_pages)
+        self.num_pages = cache_checks.check_int32_count("num_pages", num_pages)
         self.page_size = shapes.check_count("page_size", page_size)
         self.kv_lora_rank = shapes.check_count("kv_lora_rank", kv_lora_rank)
         self.qk_rope_head_dim = shapes.check_count("qk_rope_head_dim", qk_rope_head_dim)
         self.dtype = arrays.as_dtype(dtype)
         self.max_seqs = shapes.check_count("max_seqs", max_seqs)
-        self.max_seq_len = shapes.check_count("max_seq_len", max_seq_len)
-        for name in ("num_pages", "max_seq_len"):
-            if getattr(self, name) > _INT32_MAX:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at most {_INT32_MAX} (an int32)")
-        self.device = _resolve_device(device)
+        self.max_seq_len = cache_checks.check_int32_count("max_seq_len", max_seq_len)
+        self.device = cache_checks.resolve_device(device)
+        self._row_format = cache_checks.RowFormat(self.kv_lora_rank, self.qk_rope_head_dim, self.dtype, self.device)
         if self.device is not None:
-            self._check_kernels_fit()
+            cache_checks.check_kernels_fit(self.page_size, self._row_format)
 
         self._host = HostTables(self.num_pages, self.page_size, self.max_seqs, self.max_seq_len)
         pool_shape = (self.num_pages, self.page_size, 1, self.kv_lora_rank + self.qk_rope_head_dim)
@@ -159,12 +153,12 @@ class PagedKVCache:
     def append(
         self, seqs: Integers, ckv: Any, kpe: Any, *, num_tokens: int | Integers | None = None, stream: Any = None
     ) -> Any:
-        """Append tokens to sequences: `extend` and `write` in one call.
+        """Append tokens to sequences: `extend` and `write` in one call, with their errors.
 
         Parameters
         ----------
-        seqs : sequence of int
-            ``[n]`` distinct sequences.
+        seqs, stream
+            See `PagedKVCache`.
         ckv : array
             Latents in the cache's dtype, on its device: ``[n, t, kv_lora_rank]``, t tokens each. With `num_tokens`:
             ``[sum(num_tokens), kv_lora_rank]``, the tokens of the first sequence, then those of the second, and so on.
@@ -172,50 +166,34 @@ class PagedKVCache:
             RoPE keys: as `ckv`, with ``qk_rope_head_dim`` values.
         num_tokens : int or sequence of int, optional
             ``[n]`` tokens of each sequence, at least 0; one number stands for all.
-        stream : optional
-            Stream to work on; CuPy's current one if None.
 
         Returns
         -------
         array
             int64 slots of the tokens, as from `extend`.
-
-        Raises
-        ------
-        TypeError, ValueError, OutOfPagesError
-            As `extend` and `write`.
         """
         stream = self._stream(stream)
-        rows = self._check_seqs(seqs)
-        dims = shapes.Dims()
-        dims.bind("num_seqs", len(rows), "from seqs")
-        if num_tokens is None:
-            leading: tuple[str, ...] = ("num_seqs", "num_tokens")
-            shape = tuple(getattr(ckv, "shape", ()))
-            counts = _check_counts(rows, shape[1] if len(shape) == 3 else 1)  # another rank fails below
-        else:
-            leading = ("total_tokens",)
-            counts = _check_counts(rows, num_tokens)
-            dims.bind("total_tokens", int(counts.sum()), "the sum of num_tokens")
-        if counts.any():
-            ckv, kpe = self._check_values(ckv, kpe, dims, leading, stream)
+        rows = cache_checks.check_seqs(seqs, self._host.alive)
+        dims = self._row_format.dims()
+        counts, leading = cache_checks.bind_tokens(dims, rows, ckv, num_tokens)
+        empty = not counts.any()
+        ckv, kpe = cache_checks.check_values(ckv, kpe, self._row_format, dims, leading, stream, empty=empty)
         slots = self._update(self._host.changes_to_grow(rows, counts), stream)
         self._write(slots, ckv, kpe, stream)
         return slots
 
     def extend(self, seqs: Integers, num_tokens: int | Integers, *, stream: Any = None) -> Any:
-        """Make room for new tokens: once a step, whatever the number of layers that `write` them.
+        """Make room for new tokens: claim pages, bring block table and lengths up to date.
 
-        Claims pages and brings block table and lengths up to date. The new slots hold anything until written.
+        The new slots hold anything until `write` fills them. Apart from it, this can be done before the layer's rows
+        are computed.
 
         Parameters
         ----------
-        seqs : sequence of int
-            ``[n]`` distinct sequences.
+        seqs, stream
+            See `PagedKVCache`.
         num_tokens : int or sequence of int
             ``[n]`` tokens of each sequence, at least 0; one number stands for all.
-        stream : optional
-            Stream to work on; CuPy's current one if None.
 
         Returns
         -------
@@ -226,13 +204,13 @@ class PagedKVCache:
         Raises
         ------
         TypeError, ValueError
-            If a sequence is not alive or named twice, or would grow past `max_seq_len`, or a number is negative.
+            If a sequence would grow past `max_seq_len`, or a number is negative.
         OutOfPagesError
             If fewer pages are free than needed.
         """
         stream = self._stream(stream)
-        rows = self._check_seqs(seqs)
-        return self._update(self._host.changes_to_grow(rows, _check_counts(rows, num_tokens)), stream)
+        rows = cache_checks.check_seqs(seqs, self._host.alive)
+        return self._update(self._host.changes_to_grow(rows, cache_checks.check_counts(rows, num_tokens)), stream)
 
     def write(self, slots: Any, ckv: Any, kpe: Any, *, stream: Any = None) -> None:
         """Write the rows of tokens into their slots, in one kernel launch.
@@ -241,12 +219,11 @@ class PagedKVCache:
         ----------
         slots : array
             int64 ``[num_tokens]``, from `extend`. A token whose slot lies outside the pool is skipped.
-        ckv : array
-            Latents ``[num_tokens, kv_lora_rank]`` in the cache's dtype, on its device.
-        kpe : array
-            RoPE keys ``[num_tokens, qk_rope_head_dim]``, likewise.
-        stream : optional
-            Stream to work on; CuPy's current one if None.
+        ckv, kpe : array
+            Latents ``[num_tokens, kv_lora_rank]`` and RoPE keys ``[num_tokens, qk_rope_head_dim]`` in the cache's
+            dtype, on its device.
+        stream
+            See `PagedKVCache`.
 
         Raises
         ------
@@ -255,32 +232,16 @@ class PagedKVCache:
             bytes.
         """
         stream = self._stream(stream)
-        slots = self._check_device("slots", slots, stream)
-        shapes.check_dtype("slots", slots.dtype, (np.dtype(np.int64),), "from extend")
-        shapes.check_contiguous("slots", slots)
-        if slots.shape != (0,):
-            dims = shapes.Dims()
-            dims.match("slots", slots.shape, ("num_tokens",))
-            ckv, kpe = self._check_values(ckv, kpe, dims, ("num_tokens",), stream)
-            self._write(slots, ckv, kpe, stream)
+        dims = self._row_format.dims()
+        slots = cache_checks.check_slots(slots, self._row_format, dims, stream)
+        empty = slots.size == 0
+        ckv, kpe = cache_checks.check_values(ckv, kpe, self._row_format, dims, ("num_tokens",), stream, empty=empty)
+        self._write(slots, ckv, kpe, stream)
 
     def free(self, seqs: Integers, *, stream: Any = None) -> None:
-        """End sequences. Their rows and pages are free for the next call.
-
-        Parameters
-        ----------
-        seqs : sequence of int
-            ``[n]`` distinct sequences.
-        stream : optional
-            Stream to work on; CuPy's current one if None.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If a sequence is not alive or named twice.
-        """
+        """End sequences. Their rows and pages are free for the next call."""
         stream = self._stream(stream)
-        rows = self._check_seqs(seqs)
+        rows = cache_checks.check_seqs(seqs, self._host.alive)
         self._update(self._host.changes_to_clear(rows), stream)
         self._host.alive[rows] = False
 
@@ -291,27 +252,15 @@ class PagedKVCache:
 
         They are copies, as wide as the longest sequence needs: ask again after the sequences have grown.
 
-        Parameters
-        ----------
-        seqs : sequence of int
-            ``[n]`` distinct sequences.
-        stream : optional
-            Stream to work on; CuPy's current one if None.
-
         Returns
         -------
         block_table : array
             int32 ``[n, pages]``.
         cache_seqlens : array
             int32 ``[n]``.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If a sequence is not alive or named twice.
         """
         stream = self._stream(stream)
-        rows = self._check_seqs(seqs)
+        rows = cache_checks.check_seqs(seqs, self._host.alive)
         width = max(1, int(self._host.pages_held[rows].max(initial=0)))
         if self.device is None:
             return self.block_table[rows, :width], self.cache_seqlens[rows]
@@ -344,12 +293,7 @@ class PagedKVCache:
     def check_integrity(self) -> None:
         """Prove that each page is free or held by one sequence, and that block_table and cache_seqlens equal the books.
 
-        Reads both back, so on a GPU it waits for the device.
-
-        Raises
-        ------
-        RuntimeError
-            Naming the first page or sequence that is wrong.
+        A RuntimeError names the first that is wrong. Reads both arrays back, so on a GPU it waits for the device.
         """
         block_table, cache_seqlens = self.block_table, self.cache_seqlens
         if self.device is not None:
@@ -409,105 +353,3 @@ class PagedKVCache:
             return None
         with arrays.import_cupy().cuda.Device(self.device):
             return arrays.as_stream(stream)
-
-    def _check_kernels_fit(self) -> None:
-        if self.dtype not in arrays.GPU_DTYPES:
-            raise TypeError(f"dtype: got {self.dtype.name}, expected bfloat16 or float16 (what the GPU kernels take)")
-        expected = {"page_size": PAGE_SIZE, "kv_lora_rank": KV_LORA_RANK, "qk_rope_head_dim": QK_ROPE_HEAD_DIM}
-        for name, value in expected.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected {value} (what the GPU kernels take)")
-
-    def _check_seqs(self, seqs: Any) -> np.ndarray:
-        """`seqs` as rows of the table, distinct and alive."""
-        rows = _host_integers("seqs", seqs)
-        if rows.ndim != 1:
-            raise ValueError(f"seqs: got shape {rows.shape}, expected (num_seqs,)")
-        alive = (rows >= 0) & (rows < self.max_seqs)
-        alive[alive] = self._host.alive[rows[alive]]
-        if not alive.all():
-            i = int(np.argmin(alive))
-            raise ValueError(f"seqs: got {rows[i]} at {i}, expected a live sequence (from allocate, not freed since)")
-        named = np.bincount(rows, minlength=1)
-        if named.max() > 1:
-            raise ValueError(f"seqs: got {np.argmax(named)} {named.max()} times, expected distinct sequences")
-        return rows
-
-    def _check_device(self, argument: str, array: Any, stream: Any) -> Any:
-        """`array` as a NumPy or CuPy array, whichever this cache is made of."""
-        if not (arrays.is_numpy(array) if self.device is None else arrays.is_gpu(array)):
-            kind = "NumPy" if self.device is None else "GPU"
-            raise TypeError(
-                f"{argument}: got {type(array).__module__}.{type(array).__name__}, expected a {kind} array "
-                f"(the cache is on {arrays.device_name(self.device)})"
-            )
-        if self.device is None:
-            return array
-        array = arrays.to_device(argument, array, stream)
-        if arrays.device_of(array) != self.device:
-            raise ValueError(
-                f"{argument}: got an array on {arrays.device_name(arrays.device_of(array))}, "
-                f"expected {arrays.device_name(self.device)} (from the cache)"
-            )
-        return array
-
-    def _check_values(
-        self, ckv: Any, kpe: Any, dims: shapes.Dims, leading: tuple[str, ...], stream: Any
-    ) -> tuple[Any, Any]:
-        """Latents and RoPE keys of the same tokens: device, shape, dtype, and rows that a GPU can load."""
-        checked = []
-        for argument, array, width in (("ckv", ckv, "kv_lora_rank"), ("kpe", kpe, "qk_rope_head_dim")):
-            dims.bind(width, getattr(self, width), "from the cache")
-            array = self._check_device(argument, array, stream)
-            dims.match(argument, array.shape, (*leading, width))
-            shapes.check_dtype(argument, array.dtype, (self.dtype,), "from the cache")
-            shapes.check_rows(argument, array)
-            checked.append(array)
-        return checked[0], checked[1]
-
-
-def _host_integers(argument: str, values: Any) -> np.ndarray:
-    """`values` as int64; TypeError unless integers on the host (a GPU array would have to be waited for)."""
-    if arrays.is_gpu(values):
-        raise TypeError(f"{argument}: got a GPU array, expected integers on the host (where the books are kept)")
-    integers = np.asarray(values)
-    if integers.size and integers.dtype.kind not in "iu":
-        raise TypeError(f"{argument}: got dtype {integers.dtype}, expected integers")
-    return integers.astype(np.int64)
-
-
-def _check_counts(rows: np.ndarray, num_tokens: Any) -> np.ndarray:
-    """`num_tokens` as one number for each row, none negative."""
-    counts = _host_integers("num_tokens", num_tokens)
-    if counts.shape not in ((), rows.shape):
-        raise ValueError(
-            f"num_tokens: got shape {counts.shape}, expected (num_seqs,) with num_seqs={len(rows)} (from seqs)"
-        )
-    counts = np.broadcast_to(counts, rows.shape)
-    if np.any(counts < 0):
-        i = int(np.argmin(counts))
-        raise ValueError(f"num_tokens: got {counts[i]} for sequence {rows[i]}, expected at least 0")
-    return counts
-
-
-def _resolve_device(device: Any) -> int | None:
-    """CUDA ordinal of a Hopper GPU, or None for NumPy."""
-    if device == "cpu":
-        return None
-    from mlacore import driver
-
-    hopper = driver.hopper_devices()
-    if device is None and not hopper:
-        return None
-    if device is None or device == "cuda":
-        ordinal = int(arrays.import_cupy().cuda.Device().id) if hopper else 0
-        if device is None and ordinal not in hopper:
-            ordinal = hopper[0]
-    elif isinstance(device, str) and device.startswith("cuda:") and device[5:].isdecimal():
-        ordinal = int(device[5:])
-    elif isinstance(device, int) and not isinstance(device, bool) and device >= 0:
-        ordinal = device
-    else:
-        raise ValueError(f"device: got {device!r}, expected 'cpu', 'cuda', 'cuda:<ordinal>', an ordinal or None")
-    driver.require_hopper(ordinal)
-    return ordinal

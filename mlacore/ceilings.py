@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from mlacore.plan import available_cpus
 
 # Four independent 16-byte loads a thread and step keep enough bytes in flight to saturate HBM; the store never
 # happens in practice, but the compiler cannot know that.
@@ -56,7 +57,7 @@ class Ceilings:
 
 def measure_cpu(*, copy_bytes: int = 1 << 28, gemm_size: int = 2048) -> Ceilings:
     """Copy bandwidth (bytes read plus bytes written, every core copying) and float32 matrix product of NumPy."""
-    workers = min(os.cpu_count() or 1, 16)
+    workers = min(available_cpus(), 16)
     source = np.ones(copy_bytes // 4, np.float32)
     target = np.empty_like(source)
     pairs = list(zip(np.array_split(target, workers), np.array_split(source, workers), strict=True))

@@ -122,7 +122,7 @@ def run(
         print("The GPU cannot be used here:", *missing, sep="\n  - ")
         return 1
     if missing:
-        print(f"No GPU to run on: {missing[0]}.\nThis is the CPU's demo; `python -m mlacore info` says more.\n")
+        print(f"The GPU cannot be used: {missing[0]}.\nThis is the CPU's demo; `python -m mlacore info` says more.\n")
     backend = _cpu_backend() if device == "cpu" or missing else _gpu_backend()
     workload = GPU_WORKLOAD if backend.is_gpu else CPU_WORKLOAD
     model = workload.model

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import logging
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,21 +29,36 @@ _ATTRIBUTE_CC_MAJOR, _ATTRIBUTE_CC_MINOR = 75, 76
 # ---- devices -------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+_initialised_in: list[int] = []  # the process that initialised the driver; a forked child inherits a useless one
+
+
 def _libcuda() -> ctypes.CDLL | None:
     """The initialised driver library, None on a machine without one."""
+    if _initialised_in and _initialised_in != [os.getpid()]:
+        raise RuntimeError(
+            "CUDA was initialised before this process was forked, and does not work in a fork: start processes with "
+            "the spawn method, or set MLACORE_COMPILE=lazy and leave the GPU alone before forking"
+        )
+    return _initialised_libcuda()
+
+
+@functools.cache
+def _initialised_libcuda() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    return library if library.cuInit(0) == 0 else None
+    if library.cuInit(0) != 0:
+        return None
+    _initialised_in.append(os.getpid())
+    return library
 
 
 def _attribute(device: int, attribute: int) -> int:
     library = _libcuda()
     value, handle = ctypes.c_int(), ctypes.c_int()
     if library is None or library.cuDeviceGet(ctypes.byref(handle), device) != 0:
-        raise RuntimeError(f"no CUDA device {device}")
+        raise RuntimeError(f"no CUDA device {device}; python -m mlacore info tells what is there")
     library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
     return value.value
 
@@ -102,10 +118,11 @@ _keep: list[Any] = []  # libraries stay loaded as long as the process lives
 @functools.cache
 def _kernel(name: str) -> Any:
     """A variant as a context-free kernel handle; every device loads it at its first launch there."""
+    cubin = jit.cubin(jit.VARIANTS[name])  # first, since it says what to install where the bindings are missing
     from cuda.bindings import driver
 
     _libcuda()
-    status, library = driver.cuLibraryLoadData(jit.cubin(jit.VARIANTS[name]), None, None, 0, None, None, 0)
+    status, library = driver.cuLibraryLoadData(cubin, None, None, 0, None, None, 0)
     _check(status, f"loading {name}")
     status, kernel = driver.cuLibraryGetKernel(library, jit.VARIANTS[name].kernel.encode())
     _check(status, f"finding the kernel of {name}")

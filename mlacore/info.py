@@ -83,13 +83,13 @@ def problems(env: Environment) -> list[str]:
         found.append(f"no GPU of compute capability {_dotted(driver.HOPPER)}; found {have}")
     if env.driver_cuda is not None and env.driver_cuda < REQUIRED_CUDA:
         found.append(f"the driver offers CUDA {_dotted(env.driver_cuda)}: install driver 580 or newer (CUDA 13.0)")
-    for name, library, extra in (
-        ("CuPy", env.cupy, "cu13"),
-        ("NVRTC", env.nvrtc, "cu13"),
-        ("Numba-CUDA", env.numba_cuda, "numba"),
+    for name, library, packages in (
+        ("CuPy", env.cupy, "'cupy-cuda13x>=14.0.1,<15' 'nvidia-cuda-runtime==13.*'"),
+        ("NVRTC", env.nvrtc, "'cuda-bindings==13.*' 'nvidia-cuda-nvrtc==13.*'"),
+        ("Numba-CUDA", env.numba_cuda, "'numba-cuda[cu13]>=0.30,<0.31'"),
     ):
         if library.version is None:
-            found.append(f'{name}: {library.problem}; python3 -m pip install "mlacore[{extra}]"')
+            found.append(f"{name}: {library.problem}; {sys.executable} -m pip install {packages}")
     return found
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlacore import params
 
@@ -40,11 +41,7 @@ class Variant:
     name: str
     kernel: str
     defines: tuple[tuple[str, str | int], ...]
-
-    @property
-    def is_default(self) -> bool:
-        """Loaded at import; the others at their first use."""
-        return "float16" not in self.name.split(".")
+    is_default: bool = True  # loaded at import; the others at their first use
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +59,7 @@ ELEMENTS = {"bfloat16": "Bf16", "float16": "Fp16"}
 
 def _variants() -> Iterator[Variant]:
     for dtype, element in ELEMENTS.items():
+        is_default = dtype == "bfloat16"
         of_dtype = (*_DIMS, *_TILE, ("MLA_ELEMENT", element))
         launch = (
             ("MLA_PAGE_SIZE", params.PAGE_SIZE),
@@ -70,9 +68,10 @@ def _variants() -> Iterator[Variant]:
         )
         for ctas in params.CLUSTER_CTAS:
             name = f"mla_decode_sm90.{dtype}.cluster{ctas}"
-            yield Variant(name, "mla_decode_sm90", (*of_dtype, *launch, ("MLA_CLUSTER_CTAS", ctas)))
+            defines = (*of_dtype, *launch, ("MLA_CLUSTER_CTAS", ctas))
+            yield Variant(name, "mla_decode_sm90", defines, is_default)
         combine = ("MLA_COMBINE_THREADS", params.COMBINE_THREADS)
-        yield Variant(f"mla_combine.{dtype}", "mla_combine", (*of_dtype, combine))
+        yield Variant(f"mla_combine.{dtype}", "mla_combine", (*of_dtype, combine), is_default)
     plan = (("MLA_ITEM_COST_TILES", params.ITEM_COST_TILES), ("MLA_PLAN_THREADS", params.PLAN_THREADS))
     yield Variant("mla_plan", "mla_plan", (*_TILE, *plan))
     yield Variant("cache_append", "cache_append", (*_DIMS, ("MLA_APPEND_ROWS", params.APPEND_ROWS)))
@@ -94,7 +93,7 @@ def _sources() -> dict[str, bytes]:
 
 
 @functools.cache
-def _nvrtc() -> object:
+def _nvrtc() -> Any:
     """The NVRTC binding.
 
     Raises
@@ -102,7 +101,7 @@ def _nvrtc() -> object:
     ImportError
         When the binding or the library is missing; says what to install.
     """
-    hint = "compiling kernels needs NVRTC: pip install 'mlacore[cu13]' (cuda-bindings and nvidia-cuda-nvrtc)"
+    hint = "compiling kernels needs NVRTC: pip install 'cuda-bindings==13.*' 'nvidia-cuda-nvrtc==13.*'"
     try:
         from cuda.bindings import nvrtc
 
@@ -114,7 +113,7 @@ def _nvrtc() -> object:
 
 def nvrtc_version() -> tuple[int, int]:
     """(major, minor) of the NVRTC in use."""
-    _, major, minor = _nvrtc().nvrtcVersion()  # type: ignore[attr-defined]
+    _, major, minor = _nvrtc().nvrtcVersion()
     return major, minor
 
 
@@ -132,22 +131,22 @@ def compile(variant: Variant) -> Compiled:
     source = _sources()[f"{variant.kernel}.cu"]
     options = [*FLAGS, *(f"-D{name}={value}" for name, value in variant.defines)]
     encoded = [option.encode() for option in options]
-    _, program = nvrtc.nvrtcCreateProgram(  # type: ignore[attr-defined]
+    _, program = nvrtc.nvrtcCreateProgram(
         source, f"{variant.kernel}.cu".encode(), len(headers), list(headers.values()), [h.encode() for h in headers]
     )
     try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)  # type: ignore[attr-defined]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         text = _read(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
         if int(status) != 0:
             raise CompileError(f"{variant.name} did not compile ({status.name}) with {' '.join(options)}\n{text}")
         cubin = _read(nvrtc, program, "CUBIN")
     finally:
-        nvrtc.nvrtcDestroyProgram(program)  # type: ignore[attr-defined]
+        nvrtc.nvrtcDestroyProgram(program)
     log.debug("compiled %s in %.2f s", variant.name, time.perf_counter() - started)
     return Compiled(cubin, text)
 
 
-def _read(nvrtc: object, program: object, what: str) -> bytes:
+def _read(nvrtc: Any, program: Any, what: str) -> bytes:
     _, size = getattr(nvrtc, f"nvrtcGet{what}Size")(program)
     buffer = bytes(size)
     getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
@@ -158,7 +157,12 @@ def cache_dir() -> Path:
     """Folder of the cubin cache."""
     if override := os.environ.get("MLACORE_CACHE_DIR"):
         return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlacore"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "mlacore"
+    home = os.path.expanduser("~")
+    if home == "~":  # no HOME and no passwd entry, as in containers that run under an arbitrary user id
+        return Path(tempfile.gettempdir()) / f"mlacore-{os.getuid()}"
+    return Path(home) / ".cache" / "mlacore"
 
 
 def digest(variant: Variant) -> str:
@@ -204,7 +208,8 @@ def cubin(variant: Variant) -> bytes:
             if (found := _read_entry(entry)) is not None:  # another process was faster
                 return found
             built = compile(variant).cubin
-            _publish(entry, built)
+            with contextlib.suppress(OSError):  # a full disk
+                _publish(entry, built)
             return built
     except OSError as error:
         log.debug("no cubin cache in %s: %s", entry.parent, error)
@@ -229,15 +234,21 @@ def status() -> list[tuple[str, bool]]:
 
 
 def compile_all(report: Callable[[str], object]) -> None:
-    """Compile every variant afresh and report registers, shared memory and spills, a line each."""
+    """Compile every variant afresh into the cache; report registers, shared memory and spills, a line each."""
     for name, variant in VARIANTS.items():
         started = time.perf_counter()
         built = compile(variant)
         seconds = time.perf_counter() - started
+        entry = _entry(variant)
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            _publish(entry, built.cubin)
+        except OSError as error:
+            report(f"{name}: not kept, {entry.parent} cannot be written ({error})")
         usage = "; ".join(
             line.split("ptxas info    :")[-1].strip().removeprefix("ptxas         .").strip()
             for line in built.log.splitlines()
             if "Used" in line or "spill" in line
         )
         dynamic = f"; {params.DECODE_SHARED_BYTES} bytes dynamic shared" if variant.kernel == "mla_decode_sm90" else ""
-        report(f"{name:28} {len(built.cubin):7d} bytes  {seconds:5.2f} s  {usage}{dynamic}")
+        report(f"{name:34} {len(built.cubin):7d} bytes  {seconds:5.2f} s  {usage}{dynamic}")

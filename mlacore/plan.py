@@ -21,10 +21,14 @@ import numpy.typing as npt
 from mlacore import arrays, shapes
 from mlacore.params import HEAD_DIM_V, ITEM_COST_TILES, TILE_ROWS, TILE_TOKENS
 
+MAX_WORKERS = 65535
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodePlan:
     """A split schedule for one batch shape, with the scratch memory that its splits need. Made by `plan_decode`.
+
+    Calls that share a GPU plan must run one after another, as on one stream: they share its scratch memory.
 
     Attributes
     ----------
@@ -33,7 +37,7 @@ class DecodePlan:
     causal : bool
         The mask it serves.
     num_workers : int
-        Workers that share the tiles: clusters of CTAs on a GPU, threads' tasks in NumPy.
+        Workers that share the tiles: on a GPU ``num_kv_heads * row_blocks`` CTAs each, in NumPy a thread's task.
     device : int or None
         CUDA ordinal; None for NumPy.
     work : int32 ``[num_workers + 1, 2]``
@@ -137,6 +141,8 @@ def plan_decode(
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads={num_heads}")
     if num_workers is not None:
         num_workers = shapes.check_count("num_workers", num_workers)
+        if num_workers > MAX_WORKERS:
+            raise ValueError(f"num_workers: got {num_workers}, expected at most {MAX_WORKERS} (CUDA's grid)")
     device = None if arrays.on_numpy(cache_seqlens=cache_seqlens) else -1
     lengths, stream = _take_lengths(cache_seqlens, stream, None, device)
     batch = lengths.shape[0]
@@ -244,4 +250,4 @@ def _take_lengths(cache_seqlens: Any, stream: Any, batch: int | None, device: in
     dims.match("cache_seqlens", lengths.shape, ("batch",))
     shapes.check_dtype("cache_seqlens", lengths.dtype, [arrays.int32], "lengths are int32")
     shapes.check_contiguous("cache_seqlens", lengths)
-    return lengths, None if device is None else arrays.as_stream(stream)
+    return lengths, None if device is None else arrays.as_stream(stream, lengths.data.device_id)

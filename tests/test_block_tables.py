@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlacore import block_tables
-from mlacore.block_tables import HostTables, OutOfPagesError, TableChanges, apply_changes_cuda, apply_changes_numpy
+from mlacore.block_tables import TableChanges, apply_changes_cuda, apply_changes_numpy
+from mlacore.host_tables import HostTables, OutOfPagesError
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 

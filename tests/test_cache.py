@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from mlacore import arrays, driver
 from mlacore import cache as cache_module
-from mlacore.block_tables import OutOfPagesError, OutOfSequencesError, apply_changes_numpy
+from mlacore.block_tables import apply_changes_numpy
 from mlacore.cache import PagedKVCache
+from mlacore.host_tables import OutOfPagesError, OutOfSequencesError
 
 RANK, ROPE = 16, 8  # rows of 24 values: enough to tell tokens apart
 
@@ -200,6 +201,12 @@ def test_nothing_to_append():
     assert cache.append([], ckv.reshape(0, 1, RANK), kpe.reshape(0, 1, ROPE)).shape == (0,)
     assert cache.append([], ckv, kpe, num_tokens=[]).shape == (0,)
     cache.write(cache.extend([], 3), ckv, kpe)
+    seqs = cache.allocate(2)
+    assert cache.append(seqs, ckv.reshape(2, 0, RANK), kpe.reshape(2, 0, ROPE)).shape == (0,)
+    assert cache.append(seqs, ckv, kpe, num_tokens=0).shape == (0,)
+    assert cache.append([], ckv.reshape(0, 3, RANK), kpe.reshape(0, 3, ROPE)).shape == (0,)
+    assert cache.append(seqs, np.zeros((0, 2 * RANK), np.float32)[:, ::2], kpe, num_tokens=[0, 0]).shape == (0,)
+    cache.free(seqs)
     cache.free([])
     table, lengths = cache.batch([])
     assert table.shape == (0, 1)
@@ -349,6 +356,26 @@ BAD_CALLS = {
     ),
     "free one sequence twice": (lambda c: c.free([0, 0]), ValueError, "seqs: got 0 2 times"),
     "sequence alone": (lambda c: c.free(1), ValueError, r"seqs: got shape \(\), expected \(num_seqs,\)"),
+    "sequences in unequal lists": (
+        lambda c: c.free([[0], [1, 2]]),
+        ValueError,
+        r"seqs: got \[\[0\], \[1, 2\]\], expected integers along one axis",
+    ),
+    "sequence beyond an int64": (
+        lambda c: c.free(np.uint64(2**64 - 1)),
+        ValueError,
+        r"seqs: got 18446744073709551615, expected at most 9223372036854775807 \(an int64\)",
+    ),
+    "sequences beyond an int64": (
+        lambda c: c.free(np.array([0, 2**63], np.uint64)),
+        ValueError,
+        "seqs: got 9223372036854775808, expected at most",
+    ),
+    "tokens beyond an int64": (
+        lambda c: c.extend([0], np.uint64(2**63)),
+        ValueError,
+        "num_tokens: got 9223372036854775808, expected at most 9223372036854775807",
+    ),
     "sequence by name": (lambda c: c.free(["a"]), TypeError, "seqs: got dtype <U1, expected integers"),
     "mask for sequences": (lambda c: c.free([True, False]), TypeError, "seqs: got dtype bool, expected integers"),
     "negative allocation": (lambda c: c.allocate(-1), ValueError, "num_seqs: got -1, expected at least 0"),
@@ -407,6 +434,68 @@ BAD_CALLS = {
         lambda c: c.write(np.zeros(2, np.int64), *rows_of(1)),
         ValueError,
         r"ckv: got shape \(1, 16\), .* num_tokens=2 \(from slots\)",
+    ),
+    "no tokens, other dtype": (
+        lambda c: c.append([0], *rows_of(0, dtype=np.float16), num_tokens=0),
+        TypeError,
+        r"ckv: got dtype float16, expected float32 \(from the cache\)",
+    ),
+    "no tokens, other dtype of kpe": (
+        lambda c: c.append([], rows_of(0)[0], rows_of(0, dtype=np.float16)[1], num_tokens=[]),
+        TypeError,
+        r"kpe: got dtype float16, expected float32 \(from the cache\)",
+    ),
+    "no tokens, text for kpe": (
+        lambda c: c.append([0], rows_of(0)[0], "x", num_tokens=0),
+        TypeError,
+        "kpe: got builtins.str, expected a NumPy array",
+    ),
+    "no tokens, text for kpe, no num_tokens": (
+        lambda c: c.append([0], rows_of(0)[0][None], "x"),
+        TypeError,
+        "kpe: got builtins.str, expected a NumPy array",
+    ),
+    "no tokens, None": (
+        lambda c: c.append([0], None, None, num_tokens=[0]),
+        TypeError,
+        "ckv: got builtins.NoneType, expected a NumPy array",
+    ),
+    "no sequences, None": (lambda c: c.append([], None, None), TypeError, "ckv: got builtins.NoneType"),
+    "no tokens, but latents": (
+        lambda c: c.append([0], *rows_of(2), num_tokens=0),
+        ValueError,
+        r"ckv: got shape \(2, 16\), expected \(total_tokens, kv_lora_rank\) with total_tokens=0 "
+        r"\(the sum of num_tokens\), kv_lora_rank=16 \(from the cache\)$",
+    ),
+    "no tokens, other rope": (
+        lambda c: c.append([0], *rows_of(0, rope=16), num_tokens=0),
+        ValueError,
+        r"kpe: got shape \(0, 16\), .* qk_rope_head_dim=8 \(from the cache\)$",
+    ),
+    "no tokens, of other sequences": (
+        lambda c: c.append([0, 1], rows_of(0)[0].reshape(1, 0, RANK), rows_of(0)[1].reshape(1, 0, ROPE)),
+        ValueError,
+        r"ckv: got shape \(1, 0, 16\), .* with num_seqs=2 \(from seqs\)",
+    ),
+    "no tokens, but RoPE keys": (
+        lambda c: c.append([0], rows_of(0)[0][None], rows_of(3)[1][None]),
+        ValueError,
+        r"kpe: got shape \(1, 3, 8\), .* num_tokens=0 \(from ckv\)",
+    ),
+    "no sequences, two axes": (
+        lambda c: c.append([], *rows_of(0)),
+        ValueError,
+        r"ckv: got shape \(0, 16\), expected \(num_seqs, num_tokens, kv_lora_rank\) with num_seqs=0 \(from seqs\), kv",
+    ),
+    "no slots, other dtype": (
+        lambda c: c.write(np.zeros(0, np.int64), *rows_of(0, dtype=np.float16)),
+        TypeError,
+        "ckv: got dtype float16",
+    ),
+    "no slots, but RoPE keys": (
+        lambda c: c.write(np.zeros(0, np.int64), rows_of(0)[0], rows_of(1)[1]),
+        ValueError,
+        r"kpe: got shape \(1, 8\), expected \(num_tokens, qk_rope_head_dim\) with num_tokens=0 \(from slots\)",
     ),
     "slots with two axes": (
         lambda c: c.write(np.zeros((0, 2), np.int64), *rows_of(0)),
@@ -513,7 +602,7 @@ def fake_cupy() -> types.ModuleType:
     stream = FakeStream()
     module.ndarray = FakeGPUArray
     module.cuda = types.SimpleNamespace(
-        Device=Device, Stream=FakeStream, ExternalStream=FakeStream, get_current_stream=lambda: stream
+        Device=Device, Stream=FakeStream, ExternalStream=FakeStream, get_current_stream=lambda device=-1: stream
     )
     module.empty = lambda shape, dtype: np.empty(shape, dtype).view(FakeGPUArray)
     module.asarray = lambda array: np.array(array).view(FakeGPUArray)
@@ -567,12 +656,12 @@ def test_one_launch_updates_and_one_writes(fake_gpu):
     assert updates == [3, 2]
     assert writes[1:] == [((4, 512), (4, 64), (4,), stream)]
     slots = cache.extend(seqs, 1)
-    for _layer in range(3):
-        cache.write(slots, *latents(cache, range(3)))
-    assert (len(updates), len(writes)) == (3, 5)
+    assert (len(updates), len(writes)) == (3, 2)
+    cache.write(slots, *latents(cache, range(3)))
+    assert (len(updates), len(writes)) == (3, 3)
     cache.free(seqs)
     cache.check_integrity()
-    assert (len(updates), len(writes)) == (4, 5)
+    assert (len(updates), len(writes)) == (4, 3)
 
 
 def test_books_survive_a_failed_launch(fake_gpu, monkeypatch):
@@ -629,6 +718,8 @@ def test_host_arrays_are_refused_on_the_gpu(fake_gpu):
     for bad in ((np.array(ckv), kpe), (ckv, np.array(kpe))):
         with pytest.raises(TypeError, match=r"got numpy.ndarray, expected a GPU array \(the cache is on cuda:0\)"):
             cache.append(seqs, *bad, num_tokens=3)
+        with pytest.raises(TypeError, match=r"got numpy.ndarray, expected a GPU array \(the cache is on cuda:0\)"):
+            cache.append(seqs, *(array[:0] for array in bad), num_tokens=0)
     with pytest.raises(TypeError, match="num_tokens: got a GPU array, expected integers on the host"):
         cache.append(seqs, ckv, kpe, num_tokens=arrays.import_cupy().asarray([3]))
     assert snapshot(cache) == before
@@ -639,8 +730,22 @@ def test_a_gpu_that_is_not_there_is_an_error():
         pytest.skip("needs a machine without a Hopper GPU")
     assert PagedKVCache(1, max_seqs=1).device is None
     for device in ("cuda", "cuda:0", 0):
-        with pytest.raises(RuntimeError, match="device 0"):
+        with pytest.raises(RuntimeError) as caught:
             PagedKVCache(1, device=device)
+        assert str(caught.value) == (
+            f"device: got {device!r} and found no CUDA device 0, expected a Hopper GPU (H100, H200, H800, H20); "
+            'device="cpu" works without one, and `python -m mlacore info` tells more'
+        )
+
+
+def test_a_gpu_of_another_kind_is_named(monkeypatch):
+    monkeypatch.setattr(driver, "hopper_devices", list)
+    monkeypatch.setattr(driver, "compute_capability", lambda device: (8, 0))
+    monkeypatch.setattr(driver, "device_name", lambda device: "NVIDIA A100")
+    message = r"device: got 'cuda:1' and found NVIDIA A100 \(device 1, compute capability 8.0\), expected a Hopper GPU"
+    with pytest.raises(RuntimeError, match=message):
+        PagedKVCache(1, device="cuda:1")
+    assert PagedKVCache(1, max_seqs=1).device is None
 
 
 # ---- on a real GPU -------------------------------------------------------------------------------------------------

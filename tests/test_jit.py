@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -22,7 +23,8 @@ def compiled() -> dict[str, jit.Compiled]:
 @pytest.mark.parametrize("name", jit.VARIANTS)
 def test_variant_has_no_spills_and_no_warnings(compiled, name):
     log = compiled[name].log
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, log
+    usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert usage == [("0", "0", "0")], log
     for code in ("C7508", "C7510", "C7514", "C7515", "C7517", "serialized", "injected", "warning"):
         assert code not in log, log  # setmaxnreg ignored, WGMMA serialised, waits injected
 
@@ -98,6 +100,34 @@ def test_a_folder_that_cannot_be_written_only_costs_the_compilation(tmp_path, mo
     assert jit.cubin(VARIANT).startswith(b"\x7fELF")
 
 
+def test_compile_all_fills_the_cache(cache_folder, monkeypatch):
+    monkeypatch.setattr(jit, "VARIANTS", {name: jit.VARIANTS[name] for name in ("mla_plan", "cache_append")})
+    lines: list[str] = []
+    jit.compile_all(lines.append)
+    assert [line.split()[0] for line in lines] == ["mla_plan", "cache_append"]
+    assert all("0 bytes spill stores" in line and "registers" in line for line in lines)
+    assert jit.status() == [("mla_plan", True), ("cache_append", True)]
+
+
+def test_a_full_disk_only_costs_the_entry(cache_folder, monkeypatch):
+    compiled, real = [], jit.compile
+    monkeypatch.setattr(jit, "compile", lambda variant: compiled.append(1) or real(variant))
+
+    def full(entry, built):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(jit, "_publish", full)
+    assert jit.cubin(VARIANT).startswith(b"\x7fELF")
+    assert len(compiled) == 1
+
+
+def test_cache_folder_without_a_home(monkeypatch):
+    for variable in ("MLACORE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(jit.os.path, "expanduser", lambda path: path)  # what it gives without HOME and passwd entry
+    assert jit.cache_dir().name == f"mlacore-{os.getuid()}"
+
+
 def test_digest_sees_headers_constants_and_flags(monkeypatch):
     before = jit.digest(VARIANT)
     sources = jit._sources()
@@ -118,8 +148,9 @@ def test_processes_that_start_together_compile_once(cache_folder):
         "jit.cubin(jit.VARIANTS['mla_plan'])\n"
         "print(len(compiled))"
     )
+    environment = os.environ | {"MLACORE_COMPILE": "lazy"}  # else a GPU machine compiles before the count begins
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
         for _ in range(4)
     ]
     counts = [int(process.communicate(timeout=120)[0]) for process in processes]
@@ -130,7 +161,7 @@ def test_missing_nvrtc_says_what_to_install(monkeypatch):
     jit._nvrtc.cache_clear()
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     try:
-        with pytest.raises(ImportError, match=r"pip install 'mlacore\[cu13\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'cuda-bindings==13\.\*' 'nvidia-cuda-nvrtc==13\.\*'"):
             jit.compile(VARIANT)
     finally:
         jit._nvrtc.cache_clear()

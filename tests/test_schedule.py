@@ -1,4 +1,8 @@
-"""The device planner's arithmetic (cuda/schedule.cuh), built by the host compiler, against the planner in NumPy."""
+"""The planner kernel itself (cuda/mla_plan.cu), run on the host, against the planner in NumPy.
+
+The host compiler builds the kernel's source with threads for CUDA threads: a barrier for __syncthreads, and for a
+warp's shuffle an array that its lanes exchange through.
+"""
 
 from __future__ import annotations
 
@@ -8,71 +12,102 @@ import subprocess
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlacore import jit, params
 from mlacore.plan import schedule
 
-# The loops of cuda/mla_plan.cu with one sequence at a time in place of one a thread.
+THREADS = 64  # two warps, so that larger batches take several rounds
+
 SHIM = r"""
-#define MLA_SCHEDULE_FUNCTION static inline
-#include "schedule.cuh"
-extern "C" void plan(const int* lengths, int batch, int workers, int tile, int cost, int* work, int* splits) {
-  int line = (batch - 1) * cost;
-  for (int b = 0; b < batch; ++b) line += tiles_of(lengths[b], tile);
-  const int extent = worker_extent(line, workers);
-  int position = 0, previous_last = -1, last = -1;
-  for (int b = 0; b < batch; ++b) {
-    const int tiles = tiles_of(lengths[b], tile), first = first_worker(position, extent, workers);
-    last = last_worker(position, tiles, extent, workers);
-    splits[2 * b] = first;
-    splits[2 * b + 1] = last - first + 1;
-    for (int w = begin_workers_from(previous_last, extent); w <= last; ++w) {
-      work[2 * w] = b;
-      work[2 * w + 1] = begin_tile(w, extent, position);
-    }
-    previous_last = position + item_extent(tiles) - 1;
-    position += tiles + cost;
+#include <barrier>
+#include <memory>
+#include <thread>
+#include <vector>
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(threads)
+using std::min;
+static float __int_as_float(int) { return 0; }
+struct Index { unsigned x; };
+static thread_local Index threadIdx;
+static std::barrier block_barrier(MLA_PLAN_THREADS);
+static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+static long long lanes[MLA_PLAN_THREADS];
+static void __syncthreads() { block_barrier.arrive_and_wait(); }
+template <typename T> static T __shfl_up_sync(unsigned, T value, unsigned offset) {
+  std::barrier<>& warp = *warp_barriers[threadIdx.x / 32];
+  lanes[threadIdx.x] = value;
+  warp.arrive_and_wait();
+  const T received = threadIdx.x % 32 >= offset ? T(lanes[threadIdx.x - offset]) : value;
+  warp.arrive_and_wait();
+  return received;
+}
+#include "mla_plan.cu"
+extern "C" void plan(const int* lengths, int batch, int workers, int* work, int* splits) {
+  if (warp_barriers.empty()) {
+    for (int warp = 0; warp < MLA_PLAN_THREADS / 32; ++warp) warp_barriers.emplace_back(new std::barrier<>(32));
   }
-  for (int w = last + 1; w <= workers; ++w) {
-    work[2 * w] = batch;
-    work[2 * w + 1] = 0;
+  const PlanParams params = {lengths, work, splits, batch, workers};
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < MLA_PLAN_THREADS; ++i) {
+    threads.emplace_back([&, i] { threadIdx.x = i; mla_plan(params); });
   }
+  for (std::thread& thread : threads) thread.join();
 }
 """
 
 
 @pytest.fixture(scope="module")
-def host_plan(tmp_path_factory):
+def kernel_on_host(tmp_path_factory):
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("schedule")
     (folder / "shim.cpp").write_text(SHIM)
     library = folder / "shim.so"
-    command = [compiler, "-O1", "-shared", "-fPIC", "-I", str(jit.source_dir()), "-o", str(library)]
-    subprocess.run([*command, str(folder / "shim.cpp")], check=True, capture_output=True)
+    defines = dict(jit.VARIANTS["mla_plan"].defines) | {"MLA_PLAN_THREADS": THREADS}
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-I", str(jit.source_dir())]
+    command += [f"-D{name}={value}" for name, value in defines.items()]
+    subprocess.run([*command, "-o", str(library), str(folder / "shim.cpp")], check=True)
     function = ctypes.CDLL(str(library)).plan
 
     def plan(lengths: np.ndarray, workers: int) -> tuple[np.ndarray, np.ndarray]:
-        work, splits = np.full((workers + 1, 2), -7, np.int32), np.full((len(lengths), 2), -7, np.int32)
-        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (lengths, work, splits)]
-        cost = params.ITEM_COST_TILES
-        function(pointers[0], len(lengths), workers, params.TILE_TOKENS, cost, pointers[1], pointers[2])
-        return work, splits
+        guard = 3  # rows before and behind, which nothing may write
+        work = np.full((workers + 1 + 2 * guard, 2), -7, np.int32)
+        splits = np.full((len(lengths) + 2 * guard, 2), -7, np.int32)
+        inner = work[guard:-guard], splits[guard:-guard]
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (lengths, *inner)]
+        function(pointers[0], len(lengths), workers, pointers[1], pointers[2])
+        for array in (work, splits):
+            outside = np.concatenate([array[:guard], array[-guard:]])
+            assert (outside == -7).all(), "a write outside the schedule"
+        return inner
 
     return plan
 
 
-@settings(max_examples=500, deadline=None)
-@given(
-    lengths=st.lists(st.one_of(st.integers(-3, 300), st.integers(0, 2**20 + 5)), min_size=1, max_size=40),
-    workers=st.integers(1, 140),
-)
-def test_both_planners_agree(host_plan, lengths, workers):
+LENGTHS = st.lists(st.one_of(st.integers(-3, 300), st.integers(0, 2**20 + 5), st.just(2**30)), min_size=1, max_size=200)
+
+
+@settings(max_examples=150)
+@given(LENGTHS, st.integers(1, 140))
+@example([2**30] * 200, 132)  # more than 2^31 tiles in all
+@example([2**31 - 1] * 64, 5)
+@example([-(2**31)] * 130, 132)
+@example([0] * 65, 3)
+def test_both_planners_agree(kernel_on_host, lengths, workers):
     lengths = np.array(lengths, np.int32)
-    work, splits = host_plan(lengths, workers)
+    work, splits = kernel_on_host(lengths, workers)
     expected_work, expected_splits = schedule(lengths, workers)
     np.testing.assert_array_equal(work, expected_work)
     np.testing.assert_array_equal(splits, expected_splits)
+
+
+def test_the_kernel_is_built_for_more_than_one_warp():
+    assert THREADS > params.WARP_THREADS
+    assert params.PLAN_THREADS % params.WARP_THREADS == 0
