@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.inputs import PAGE_BYTES, Inputs
-from bench.timing import Budget, Timing, capture, time_replays
+from bench.timing import Budget, Replay, capture, time_replays
 from mlacore import ceilings
 
 GEMM_SIZE = 8192
@@ -32,8 +32,8 @@ def measure(torch: Any, stream: Any, budget: Budget) -> dict[str, Any]:
     }
 
 
-def load_only(inputs: Inputs, num_calls: int, stream: Any, budget: Budget) -> Timing:
-    """Time of a kernel that loads the case's pages and does nothing with them: the floor under any decode of it."""
+def load_only(inputs: Inputs, num_calls: int, stream: Any) -> Replay:
+    """A graph of a kernel that loads the case's pages and does nothing with them: the floor under any decode of it."""
     kernel = _load_only_kernel()
     num_entries = inputs.entries.size
     grid = (min(num_sms(), num_entries),)
@@ -47,7 +47,7 @@ def load_only(inputs: Inputs, num_calls: int, stream: Any, budget: Budget) -> Ti
     calls = [functools.partial(load, inputs.block_table[i % len(inputs.block_table)]) for i in range(num_calls)]
     with stream:
         calls[0]()
-    return time_replays(capture(calls, stream), num_calls, stream, budget)
+    return capture(calls, stream)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Paged MLA decode on this GPU, against its ceilings and the peers found: ``python -m bench.decode``.
 
 Every case is checked against the float64 reference, then timed by CUDA-graph replay over sets of q and pages that
-cover three times the L2: the whole operation, everything launched per call, on normally distributed data. Planning is
+cover three times the L2: the whole operation, everything launched per call, on normally distributed data. We, the
+load-only kernel and the peers take turns, since a chip at its power limit slows as it heats up. Planning is
 timed apart, as is the host's part of an eager call. A complete run is written to `bench/results/`, from where
 `bench.table` and `bench.plot` take it.
 """
@@ -33,7 +34,7 @@ import mlacore
 from bench import ceilings, table
 from bench.inputs import Inputs, Stock
 from bench.peers import Peer, Peers
-from bench.timing import QUICK, Budget, capture, host_us, time_replays
+from bench.timing import QUICK, Budget, Replay, capture, host_us, time_in_turns, time_replays
 from mlacore import driver, info
 from mlacore.params import PAGE_SIZE
 
@@ -41,6 +42,9 @@ SCHEMA = 1
 GRAPH_US = 1000  # a graph holds calls for about this long, so that launching it weighs nothing
 CHECK_FLOP = 2e10  # what the float64 check of one case may cost on the host, its first sequence aside
 SMI_FIELDS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+
+
+References = list[tuple[int, np.ndarray, np.ndarray]]  # sequence, its out and its lse in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +57,31 @@ class Bench:
     peers: Peers
 
     def row(self, case: Case, inputs: Inputs) -> table.Row:
-        """Check and time one case."""
+        """Check one case, then time it, the load-only kernel and the peers by turns."""
         plan, calls = _our_calls(inputs, self.stream)
-        errors = _check(inputs, calls[0], self.stream)
+        references = _references(inputs)
+        errors = _check(inputs, calls[0], references, self.stream)
         num_calls = self._num_calls(inputs)
-        ours = self._time(calls, num_calls)
-        update = functools.partial(plan.update, inputs.cache_seqlens, stream=self.stream)
-        load_only = ceilings.load_only(inputs, num_calls, self.stream, self.budget)
+        graphs = {
+            "mlacore": capture(_cycle(calls, num_calls), self.stream),
+            "load only": ceilings.load_only(inputs, num_calls, self.stream),
+        }
+        peers: dict[str, dict[str, Any]] = {}
+        for peer in self.peers.found:
+            for variant, (replay, facts) in self._peer(peer, inputs, num_calls, references).items():
+                graphs[variant], peers[variant] = replay, facts
+        timings = time_in_turns(graphs, num_calls, self.stream, self.budget)
+        best: dict[str, dict[str, Any]] = {}
+        for variant, facts in peers.items():
+            timing = timings[variant].as_json() | facts
+            name = facts["name"]
+            if name not in best or timing["us"] < best[name]["us"]:
+                best[name] = timing
+        load_only = timings["load only"]
         compute_us = inputs.flops / (self.ceilings["gemm_tflops"] * 1e6) if self.ceilings["gemm_tflops"] else 0.0
-        eager = max(5, min(50, int(20_000 / ours["us"])))
-        peers = {peer.name: self._peer(peer, inputs, num_calls) for peer in self.peers.found}
+        update = functools.partial(plan.update, inputs.cache_seqlens, stream=self.stream)
+        planning = time_replays(capture([update] * 100, self.stream), 100, self.stream, self.budget)
+        eager = max(5, min(50, int(20_000 / timings["mlacore"].us)))
         return {
             "id": case.id,
             "kind": case.kind,
@@ -79,37 +98,32 @@ class Bench:
             "num_workers": plan.num_workers,
             "load_only": load_only.as_json(),
             "floor_us": round(max(load_only.us, compute_us), 3),
-            "mlacore": ours,
+            "mlacore": timings["mlacore"].as_json(),
             "host_us": round(host_us(calls[0], self.stream, eager), 2),
-            "plan": self._time([update], 100),
+            "plan": planning.as_json(),
             "plan_host_us": round(host_us(update, self.stream), 2),
             "error": errors,
-            "peers": {name: timing for name, timing in peers.items() if timing},
+            "peers": best,
         }
 
-    def _time(self, calls: Sequence[Callable[[], Any]], num_calls: int) -> dict[str, Any]:
-        with self.stream:
-            calls[-1]()
-        replay = capture([calls[i % len(calls)] for i in range(num_calls)], self.stream)
-        return time_replays(replay, num_calls, self.stream, self.budget).as_json()
-
-    def _peer(self, peer: Peer, inputs: Inputs, num_calls: int) -> dict[str, Any] | None:
-        """The peer's best variant, and how far its output is from ours."""
-        ours = inputs.out[0].get().astype(np.float32)
-        best: dict[str, Any] | None = None
+    def _peer(
+        self, peer: Peer, inputs: Inputs, num_calls: int, references: References
+    ) -> dict[str, tuple[Replay, dict[str, Any]]]:
+        """A graph of each of the peer's variants, and its error against the same references as ours."""
+        graphs: dict[str, tuple[Replay, dict[str, Any]]] = {}
         try:
             with self.peers.on(self.stream):
                 for number, calls in enumerate(peer.variants(inputs)):
                     first = self.peers.to_cupy(calls[0]())
                     self.stream.synchronize()
-                    difference = np.abs(first.get().astype(np.float32).reshape(ours.shape) - ours).max()
-                    replay = self.peers.capture([calls[i % len(calls)] for i in range(num_calls)], self.stream)
-                    timing: dict[str, Any] = time_replays(replay, num_calls, self.stream, self.budget).as_json()
-                    if best is None or timing["us"] < best["us"]:
-                        best = timing | {"variant": number, "max_difference": float(difference)}
+                    out = first.reshape(inputs.out[0].shape)
+                    error = max(_relative_l2(out[seq].get(), reference) for seq, reference, _ in references)
+                    replay = self.peers.capture(_cycle(calls, num_calls), self.stream)
+                    facts = {"name": peer.name, "variant": number, "relative_l2": error}
+                    graphs[f"{peer.name} {number}"] = replay, facts
         except RuntimeError as error:  # torch's, from a shape that the peer does not take
             print(f"  {peer.name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
-        return best
+        return graphs
 
     def _num_calls(self, inputs: Inputs) -> int:
         """Calls a graph: every set at least once, and about GRAPH_US of them at the memory's rate."""
@@ -130,38 +144,52 @@ def _our_calls(inputs: Inputs, stream: Any) -> tuple[mlacore.DecodePlan, list[Ca
     ]
 
 
-def _check(inputs: Inputs, call: Callable[[], Any], stream: Any) -> dict[str, Any]:
-    """Compare the first set's shortest, median and longest sequence, as far as CHECK_FLOP goes, with the reference."""
+def _cycle(calls: Sequence[Callable[[], Any]], count: int) -> list[Callable[[], Any]]:
+    return [calls[i % len(calls)] for i in range(count)]
+
+
+def _references(inputs: Inputs) -> References:
+    """float64 results of the first set's shortest, median and longest sequence, as far as CHECK_FLOP goes."""
+    order = np.argsort(inputs.lengths, kind="stable")
+    references: References = []
+    cost = 0.0
+    for seq in dict.fromkeys(int(order[place]) for place in (0, len(order) // 2, -1)):
+        cost += inputs.flops * float(inputs.lengths[seq]) / float(inputs.lengths.sum())
+        if references and cost > CHECK_FLOP:
+            continue
+        length = int(inputs.lengths[seq])
+        num_pages = -(-length // PAGE_SIZE)
+        pages = inputs.pool.view(np.uint16)[inputs.block_table[0][seq, :num_pages]].get().view(inputs.pool.dtype)
+        in_order = np.arange(num_pages, dtype=np.int32)[None]
+        out, lse = mlacore.mla_decode_reference(
+            inputs.q[0][seq : seq + 1].get(), pages, in_order, np.array([length]), causal=inputs.case.causal
+        )
+        references.append((seq, out[0], lse[0]))
+    return references
+
+
+def _check(inputs: Inputs, call: Callable[[], Any], references: References, stream: Any) -> dict[str, Any]:
+    """Run our call on the first set and compare with the references."""
     inputs.out[0].view(np.uint16).fill(0x7FFF)  # NaN
     inputs.lse[0].fill(math.nan)
     stream.synchronize()
     call()
     stream.synchronize()
-    order = np.argsort(inputs.lengths, kind="stable")
-    chosen: list[int] = []
-    cost = 0.0
-    for seq in dict.fromkeys(int(order[place]) for place in (0, len(order) // 2, -1)):
-        cost += inputs.flops * float(inputs.lengths[seq]) / float(inputs.lengths.sum())
-        if not chosen or cost <= CHECK_FLOP:
-            chosen.append(seq)
     reports = []
-    for seq in chosen:
-        length = int(inputs.lengths[seq])
-        num_pages = -(-length // PAGE_SIZE)
-        pages = inputs.pool.view(np.uint16)[inputs.block_table[0][seq, :num_pages]].get().view(inputs.pool.dtype)
-        in_order = np.arange(num_pages, dtype=np.int32)[None]
-        reference, lse = mlacore.mla_decode_reference(
-            inputs.q[0][seq : seq + 1].get(), pages, in_order, np.array([length]), causal=inputs.case.causal
-        )
+    for seq, out, lse in references:
         # Each sequence by itself: outputs shrink with the length, and a short one's would drown the others' errors.
-        what = f"{inputs.case.id}: sequence {seq} of {length} tokens"
-        assert_close(inputs.lse[0][seq], lse[0], LSE_RULE, f"{what}: lse")
-        reports.append(assert_close(inputs.out[0][seq], reference[0], OUT_RULE, f"{what}: out"))
+        what = f"{inputs.case.id}: sequence {seq} of {inputs.lengths[seq]} tokens"
+        assert_close(inputs.lse[0][seq], lse, LSE_RULE, f"{what}: lse")
+        reports.append(assert_close(inputs.out[0][seq], out, OUT_RULE, f"{what}: out"))
     return {
-        "sequences": len(chosen),
+        "sequences": len(reports),
         "max_abs": max(report.max_abs for report in reports),
         "relative_l2": max(report.relative_l2 for report in reports),
     }
+
+
+def _relative_l2(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
 def describe_gpu() -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Peers:
             for call in calls:
                 call()
 
-        def replay() -> None:
+        def replay(_keep: Sequence[Call] = tuple(calls)) -> None:  # the calls' tensors must outlive the graph
             with self.on(stream):
                 graph.replay()
 

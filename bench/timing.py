@@ -26,18 +26,22 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long to replay: at least `min_replays`, then until `seconds` are spent or `max_replays` are done."""
+    """How long to replay. Every graph gets `rounds` turns, each of at least `min_replays` and then until `seconds` are
+    spent or `max_replays` are done."""
 
-    seconds: float = 0.15
-    min_replays: int = 7
+    rounds: int = 3
+    seconds: float = 0.1
+    min_replays: int = 5
     max_replays: int = 50
     warmup: int = 2
 
 
-QUICK = Budget(seconds=0.03, min_replays=3, max_replays=10, warmup=1)
+QUICK = Budget(rounds=1, seconds=0.03, min_replays=3, max_replays=10, warmup=1)
+
+Replay = Callable[[], None]
 
 
-def capture(calls: Sequence[Callable[[], Any]], stream: Any) -> Callable[[], None]:
+def capture(calls: Sequence[Callable[[], Any]], stream: Any) -> Replay:
     """Record `calls` in order into one CUDA graph of CuPy `stream`; the result launches it there.
 
     Every call must have run once before (kernels loaded) and must allocate nothing it does not own: memory that goes
@@ -54,12 +58,30 @@ def capture(calls: Sequence[Callable[[], Any]], stream: Any) -> Callable[[], Non
     return lambda: graph.launch(stream)
 
 
-def time_replays(replay: Callable[[], None], num_calls: int, stream: Any, budget: Budget) -> Timing:
+def time_replays(replay: Replay, num_calls: int, stream: Any, budget: Budget) -> Timing:
     """Time `replay`, a graph of `num_calls` calls launched on `stream`, and return the time of one call.
 
     The calls of a graph follow each other on the device, so the launch of the graph itself, a few µs, is shared by all
     of them; give short calls many to a graph.
     """
+    return time_in_turns({"": replay}, num_calls, stream, budget)[""]
+
+
+def time_in_turns(replays: dict[str, Replay], num_calls: int, stream: Any, budget: Budget) -> dict[str, Timing]:
+    """`time_replays` of several graphs by turns: a chip at its power limit slows as it heats up, and whoever came first
+    would be favoured."""
+    samples: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(budget.rounds):
+        for name, replay in replays.items():
+            samples[name] += _one_turn(replay, num_calls, stream, budget)
+    timings = {}
+    for name, values in samples.items():
+        low, median, high = np.percentile(values, (10, 50, 90))
+        timings[name] = Timing(float(median), float(low), float(high), len(values))
+    return timings
+
+
+def _one_turn(replay: Replay, num_calls: int, stream: Any, budget: Budget) -> list[float]:
     import cupy
 
     for _ in range(budget.warmup):
@@ -74,8 +96,7 @@ def time_replays(replay: Callable[[], None], num_calls: int, stream: Any, budget
         end.record(stream)
         end.synchronize()
         samples.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / num_calls)
-    low, median, high = np.percentile(samples, (10, 50, 90))
-    return Timing(float(median), float(low), float(high), len(samples))
+    return samples
 
 
 def host_us(call: Callable[[], Any], stream: Any, repeats: int = 50) -> float:

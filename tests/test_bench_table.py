@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import lzma
+import sys
+import types
 from pathlib import Path
 
 import pytest
 from cases import PERF
 
-from bench import ceilings, peers, plot, table
+from bench import ceilings, peers, plot, table, timing
 
 README = """# title
 
@@ -25,7 +27,7 @@ text
 """
 
 
-def timing(us: float) -> dict:
+def timing_of(us: float) -> dict:
     return {"us": us, "low_us": us * 0.99, "high_us": us * 1.02, "replays": 20}
 
 
@@ -40,8 +42,8 @@ def row(kind: str, batch: int, num_heads: int, seq_len_k: int, us: float, floor_
         "flops": 2e11,
         "bytes": 6e8,
         "floor_us": floor_us,
-        "mlacore": timing(us),
-        "peers": {name: timing(value) for name, value in peer_us.items()},
+        "mlacore": timing_of(us),
+        "peers": {name: timing_of(value) for name, value in peer_us.items()},
     }
 
 
@@ -181,3 +183,32 @@ def test_peers_are_unpacked_and_absent_ones_explained(tmp_path):
     found = peers.Peers(tmp_path)
     assert found.found == []
     assert set(found.missing) == {"FlashMLA", "FA3"}
+
+
+def test_graphs_take_turns(monkeypatch):
+    clock = {"ms": 0.0}
+    order: list[str] = []
+
+    class Event:
+        def record(self, stream):
+            self.at = clock["ms"]
+
+        def synchronize(self):
+            pass
+
+    cuda = types.SimpleNamespace(Event=Event, get_elapsed_time=lambda start, end: end.at - start.at)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+
+    def graph(name: str, ms: float):
+        def replay() -> None:
+            order.append(name)
+            clock["ms"] += ms
+
+        return replay
+
+    budget = timing.Budget(rounds=2, seconds=0, min_replays=3, max_replays=5, warmup=1)
+    stream = types.SimpleNamespace(synchronize=lambda: None)
+    measured = timing.time_in_turns({"ours": graph("ours", 1.0), "theirs": graph("theirs", 3.0)}, 10, stream, budget)
+    assert order == (["ours"] * 4 + ["theirs"] * 4) * 2  # one to warm up, three that count
+    assert measured["ours"] == timing.Timing(100.0, 100.0, 100.0, 6)
+    assert measured["theirs"].us == pytest.approx(300.0)
