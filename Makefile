@@ -64,7 +64,7 @@ format: $(DEV_READY) ## rewrite the sources in the house format
 	$(PY) -m ruff check --fix .
 
 clean: ## remove .venv, builds and tool caches (not the kernel cache)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mlacore tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ifneq ($(strip $(VENV)),)
