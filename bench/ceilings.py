@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.inputs import PAGE_BYTES, Inputs
 from bench.timing import Budget, Replay, capture, time_replays
-from mlacore import ceilings
+from mlacore import ceilings, driver
 
 GEMM_SIZE = 8192
 LOAD_ONLY_STAGES = 3
@@ -21,7 +21,7 @@ def measure(torch: Any, stream: Any, budget: Budget) -> dict[str, Any]:
         copy_bytes_s = _copy_bandwidth()
         read_bytes_s = ceilings.read_bandwidth()
         gemm_flops_s, gemm_label = _torch_gemm_rate(torch, stream) if torch else ceilings.gemm_rate(GEMM_SIZE)
-        empty = [lambda: _empty_kernel()((num_sms(),), (32,), ())] * 200
+        empty = [lambda: _empty_kernel()((_num_sms(),), (32,), ())] * 200
         empty[0]()
     return {
         "copy_gbs": round(copy_bytes_s / 1e9, 1),
@@ -36,7 +36,7 @@ def load_only(inputs: Inputs, num_calls: int, stream: Any) -> Replay:
     """A graph of a kernel that loads the case's pages and does nothing with them: the floor under any decode of it."""
     kernel = _load_only_kernel()
     num_entries = inputs.entries.size
-    grid = (min(num_sms(), num_entries),)
+    grid = (min(_num_sms(), num_entries),)
 
     def load(table: Any) -> None:
         import numpy as np
@@ -50,12 +50,10 @@ def load_only(inputs: Inputs, num_calls: int, stream: Any) -> Replay:
     return capture(calls, stream)
 
 
-@functools.cache
-def num_sms() -> int:
-    """Multiprocessors of the current device."""
+def _num_sms() -> int:
     import cupy
 
-    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+    return driver.num_sms(cupy.cuda.Device().id)
 
 
 def _copy_bandwidth(buffer_bytes: int = 1 << 31) -> float:

@@ -59,7 +59,6 @@
 
 using Element = MLA_ELEMENT;
 
-constexpr u32 kTileRows = MLA_TILE_ROWS;      // query rows of a CTA
 constexpr u32 kTileTokens = MLA_TILE_TOKENS;  // cache rows of a tile
 constexpr u32 kPageSize = MLA_PAGE_SIZE;
 constexpr u32 kHeadDimQK = MLA_HEAD_DIM_QK;

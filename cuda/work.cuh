@@ -4,7 +4,7 @@
 #include "params.cuh"
 #include "schedule.cuh"
 
-constexpr u32 kRowsPerBlock = MLA_TILE_ROWS;
+constexpr u32 kTileRows = MLA_TILE_ROWS;  // query rows of a CTA
 
 // What a CTA works on; the same for all roles.
 struct Block {
@@ -20,7 +20,7 @@ struct QueryRow {
   bool exists;  // the last row block may be partly empty
 
   __device__ __forceinline__ QueryRow(const DecodeParams& params, const Block& block, u32 row) {
-    const i32 index = block.row_block * i32(kRowsPerBlock) + i32(row);
+    const i32 index = block.row_block * i32(kTileRows) + i32(row);
     seq = index / params.heads_per_kv;
     head = block.kv_head * params.heads_per_kv + index % params.heads_per_kv;
     exists = seq < params.seq_len_q;
@@ -84,7 +84,7 @@ struct ItemTiles {
 
   __device__ __forceinline__ ItemTiles(const DecodeParams& params, const Block& block, const Item& item, u32 before)
       : count(item.num_tiles()), begin_tile(item.begin_tile), length(item.length), tiles_before(before) {
-    const i32 first_seq = block.row_block * i32(kRowsPerBlock) / params.heads_per_kv;
+    const i32 first_seq = block.row_block * i32(kTileRows) / params.heads_per_kv;
     shortest_limit = params.causal ? length - (params.seq_len_q - 1 - first_seq) : length;
   }
 

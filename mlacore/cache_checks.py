@@ -166,10 +166,7 @@ def bind_tokens(dims: shapes.Dims, rows: np.ndarray, ckv: Any, num_tokens: Any) 
         return counts, ("total_tokens",)
     shape = tuple(getattr(ckv, "shape", ()))
     each = shape[1] if len(shape) == 3 else 1  # another rank fails in check_values
-    counts = check_counts(rows, each)
-    if len(shape) == 3 and not counts.any():
-        dims.bind("num_tokens", each, "from ckv")
-    return counts, ("num_seqs", "num_tokens")
+    return check_counts(rows, each), ("num_seqs", "num_tokens")
 
 
 def check_slots(slots: Any, row_format: RowFormat, dims: shapes.Dims, stream: Any) -> Any:
@@ -177,10 +174,7 @@ def check_slots(slots: Any, row_format: RowFormat, dims: shapes.Dims, stream: An
     slots = _on_cache_device("slots", slots, row_format.device, stream)
     shapes.check_dtype("slots", slots.dtype, (np.dtype(np.int64),), "from extend")
     shapes.check_contiguous("slots", slots)
-    if slots.shape == (0,):
-        dims.bind("num_tokens", 0, "from slots")
-    else:
-        dims.match("slots", slots.shape, ("num_tokens",))
+    dims.match("slots", slots.shape, ("num_tokens",), minimum=0)
     return slots
 
 
@@ -196,27 +190,17 @@ def check_values(
 ) -> tuple[Any, Any]:
     """Latents and RoPE keys of the same tokens: device, shape, dtype, and rows that a GPU can load.
 
-    Where there are no tokens (`empty`), `dims` knows the `leading` axes already, and there is no row to load.
+    Where there are no tokens (`empty`), sizes may be 0 and there is no row to load.
     """
     checked = []
     for argument, array, width in (("ckv", ckv, "kv_lora_rank"), ("kpe", kpe, "qk_rope_head_dim")):
         array = _on_cache_device(argument, array, row_format.device, stream)
-        match = _match_empty if empty else shapes.Dims.match
-        match(dims, argument, array.shape, (*leading, width))
+        dims.match(argument, array.shape, (*leading, width), minimum=0 if empty else 1)
         shapes.check_dtype(argument, array.dtype, (row_format.dtype,), "from the cache")
         if not empty:
             shapes.check_rows(argument, array)
         checked.append(array)
     return checked[0], checked[1]
-
-
-def _match_empty(dims: shapes.Dims, argument: str, shape: tuple[int, ...], pattern: tuple[str, ...]) -> None:
-    """`dims.match` for shapes without an element, which that takes for mistakes; `dims` knows every size."""
-    if len(shape) != len(pattern):
-        dims.match(argument, shape, pattern)  # raises
-    if shape != tuple(dims[name] for name in pattern):
-        known = ", ".join(f"{name}={dims[name]} ({dims.source(name)})" for name in pattern)
-        raise ValueError(f"{argument}: got shape {shape}, expected ({', '.join(pattern)}) with {known}")
 
 
 def _on_cache_device(argument: str, array: Any, device: int | None, stream: Any) -> Any:

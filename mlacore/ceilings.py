@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlacore import driver
 from mlacore.plan import available_cpus
 
 # Four independent 16-byte loads a thread and step keep enough bytes in flight to saturate HBM; the store never
@@ -83,7 +84,7 @@ def read_bandwidth(buffer_bytes: int = 1 << 31) -> float:
 
     buffer = cupy.full(buffer_bytes // 4, 0x3C003C00, cupy.uint32)
     sink = cupy.zeros(1, cupy.uint32)
-    num_sms = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    num_sms = driver.num_sms(cupy.cuda.Device().id)
     kernel = _read_kernel()
     words = np.int64(buffer_bytes // 16)
     return buffer_bytes / gpu_seconds(lambda: kernel((8 * num_sms,), (256,), (buffer, words, sink)))

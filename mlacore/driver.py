@@ -8,13 +8,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlacore import jit, params
+from mlacore.shapes import LOG2_E
 
 if TYPE_CHECKING:
     from mlacore.plan import DecodePlan
@@ -54,11 +54,17 @@ def _initialised_libcuda() -> ctypes.CDLL | None:
     return library
 
 
-def _attribute(device: int, attribute: int) -> int:
-    library = _libcuda()
-    value, handle = ctypes.c_int(), ctypes.c_int()
+def _device(device: int) -> tuple[ctypes.CDLL, ctypes.c_int]:
+    """The driver library and its handle of a device; RuntimeError where there is no such device."""
+    library, handle = _libcuda(), ctypes.c_int()
     if library is None or library.cuDeviceGet(ctypes.byref(handle), device) != 0:
         raise RuntimeError(f"no CUDA device {device}; python -m mlacore info tells what is there")
+    return library, handle
+
+
+def _attribute(device: int, attribute: int) -> int:
+    library, handle = _device(device)
+    value = ctypes.c_int()
     library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
     return value.value
 
@@ -77,10 +83,8 @@ def num_sms(device: int) -> int:
 
 def device_name(device: int) -> str:
     """Marketing name of a CUDA device."""
-    library = _libcuda()
-    name, handle = ctypes.create_string_buffer(256), ctypes.c_int()
-    if library is None or library.cuDeviceGet(ctypes.byref(handle), device) != 0:
-        raise RuntimeError(f"no CUDA device {device}")
+    library, handle = _device(device)
+    name = ctypes.create_string_buffer(256)
     library.cuDeviceGetName(name, len(name), handle)
     return name.value.decode()
 
@@ -295,7 +299,7 @@ def launch_decode(
         "row_blocks": plan.row_blocks,
         "num_workers": plan.num_workers,
         "causal": causal,
-        "softmax_scale_log2": softmax_scale * math.log2(math.e),
+        "softmax_scale_log2": softmax_scale * LOG2_E,
     }
     record = _record(params.DECODE_PARAMS, fields)
     with q.device:
@@ -317,6 +321,8 @@ def launch_append(pool: Any, ckv: Any, kpe: Any, slots: Any, stream: Any) -> Non
     pool `[num_pages, page_size, 1, 576]`, ckv `[n, 512]`, kpe `[n, 64]`, 16-bit elements with last stride 1 and rows at
     multiples of 16 bytes; slots int64 `[n]`, page * page_size + offset, skipped where outside the pool.
     """
+    if len(slots) == 0:
+        return
     item_bytes = pool.dtype.itemsize
     num_pages, page_size = pool.shape[:2]
     fields = {
@@ -332,8 +338,6 @@ def launch_append(pool: Any, ckv: Any, kpe: Any, slots: Any, stream: Any) -> Non
         "page_size": page_size,
         "num_tokens": len(slots),
     }
-    if len(slots) == 0:
-        return
     record = _record(params.APPEND_PARAMS, fields)
     grid = (-(-len(slots) // params.APPEND_ROWS), 1)
     threads = params.APPEND_ROWS * params.WARP_THREADS

@@ -13,7 +13,15 @@ from mlacore.block_tables import FIRST_COLUMN, NUM_PAGES, SEQ, TableChanges, app
 _NO_PAGE = -1  # fills unused entries: no kernel reads them, and one that did would find no page
 
 
-class OutOfPagesError(RuntimeError):
+class _Exhausted(RuntimeError):
+    """A call needs more of something than is free."""
+
+    def __init__(self, message: str, *, needed: int, free: int) -> None:
+        super().__init__(message)
+        self.needed, self.free = needed, free
+
+
+class OutOfPagesError(_Exhausted):
     """The pool has fewer free pages than a call needs. Nothing was changed.
 
     Attributes
@@ -22,12 +30,8 @@ class OutOfPagesError(RuntimeError):
         Pages.
     """
 
-    def __init__(self, message: str, *, needed: int, free: int) -> None:
-        super().__init__(message)
-        self.needed, self.free = needed, free
 
-
-class OutOfSequencesError(RuntimeError):
+class OutOfSequencesError(_Exhausted):
     """The block table has fewer free rows than a call needs. Nothing was changed.
 
     Attributes
@@ -35,10 +39,6 @@ class OutOfSequencesError(RuntimeError):
     needed, free : int
         Rows.
     """
-
-    def __init__(self, message: str, *, needed: int, free: int) -> None:
-        super().__init__(message)
-        self.needed, self.free = needed, free
 
 
 class HostTables:

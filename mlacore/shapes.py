@@ -46,14 +46,14 @@ class Dims:
         """Fix `name` to `size` before any array shows it; `source` says why, as in "from the plan"."""
         self._bound[name] = (size, source)
 
-    def match(self, argument: str, shape: Sequence[int], pattern: Sequence[str | int]) -> None:
+    def match(self, argument: str, shape: Sequence[int], pattern: Sequence[str | int], minimum: int = 1) -> None:
         """Match `shape` against names and literal sizes, and bind the names seen for the first time.
 
         Raises
         ------
         ValueError
-            If the rank differs, a size differs from a literal or from what its name is bound to, or a new name
-            would be bound to less than 1.
+            If the rank differs, a size differs from a literal or from what its name is bound to, or is below
+            `minimum`.
         """
         sizes = dict(self._bound)
         fits = len(shape) == len(pattern)
@@ -62,10 +62,11 @@ class Dims:
                 expected = sizes.setdefault(name, (size, f"from {argument}"))[0]
             else:
                 expected = name
-            fits &= size == expected and size >= 1
+            fits &= size == expected and size >= minimum
         if not fits:
-            empty = ", every size at least 1" if len(shape) == len(pattern) and min(shape) < 1 else ""
-            raise ValueError(f"{argument}: got shape {tuple(shape)}, expected {self._describe(pattern)}{empty}")
+            small = len(shape) == len(pattern) and min(shape) < minimum
+            least = f", every size at least {minimum}" if small else ""
+            raise ValueError(f"{argument}: got shape {tuple(shape)}, expected {self._describe(pattern)}{least}")
         self._bound = sizes
 
     def _describe(self, pattern: Sequence[str | int]) -> str:

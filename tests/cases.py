@@ -96,7 +96,7 @@ def make_inputs(case: Case, xp: Any = np) -> Inputs:
     rng = np.random.default_rng([case.seed, 1])
     shape = (case.batch, case.seq_len_q, case.num_heads, HEAD_DIM)
     q = _rows(rng, math.prod(shape[:-1]), case.dtype).reshape(shape)
-    return Inputs(_to(xp, q), pool, table, lengths)
+    return Inputs(on_module(xp, q), pool, table, lengths)
 
 
 @functools.lru_cache(maxsize=1)
@@ -115,7 +115,7 @@ def _pool(lengths: tuple[int, ...], num_kv_heads: int, dtype: str, seed: int, xp
         tokens.reshape(-1, *pool.shape[2:])[length:] = np.nan
         pool[row[:count]] = tokens
     pool[pages[taken:]] = np.nan
-    return _to(xp, pool), _to(xp, table), _to(xp, np.array(lengths, np.int32))
+    return on_module(xp, pool), on_module(xp, table), on_module(xp, np.array(lengths, np.int32))
 
 
 def _rows(rng: np.random.Generator, count: int, dtype: str) -> np.ndarray:
@@ -130,7 +130,8 @@ def _noise(dtype: str) -> np.ndarray:
     return np.clip(values, -1, 1).astype(as_dtype(dtype))
 
 
-def _to(xp: Any, array: np.ndarray) -> Any:
+def on_module(xp: Any, array: np.ndarray) -> Any:
+    """`array` as an array of `xp`, read-only in NumPy."""
     if xp is np:
         array.setflags(write=False)
         return array
