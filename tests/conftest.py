@@ -8,6 +8,8 @@ import os
 import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("cache_model", "pretended_gpu")
+
 # One core a pytest-xdist worker: BLAS threads of several processes would wait for one another. Before NumPy's import.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

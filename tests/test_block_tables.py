@@ -149,8 +149,11 @@ def test_nothing_is_changed_before_commit():
 
 
 if SIMULATED:
-    import test_cache
+    from cache_model import Model, operations
     from numba import cuda
+    from pretended_gpu import pretend_gpu
+
+    from mlacore.cache import PagedKVCache
 
     @pytest.fixture(autouse=True)
     def small_grids(monkeypatch):
@@ -196,12 +199,12 @@ if SIMULATED:
         assert_same_results(changes, np.full((2, 20), -1, np.int32), page_size=2)
 
     @settings(max_examples=12)
-    @given(test_cache.operations(longest=70, max_size=6), st.integers(1, 8))
+    @given(operations(longest=70, max_size=6), st.integers(1, 8))
     def test_simulated_cache_matches_plain_lists(ops, num_pages):
         with pytest.MonkeyPatch.context() as patch:
-            test_cache.pretend_gpu(patch)
-            cache = test_cache.PagedKVCache(num_pages, max_seqs=4, max_seq_len=300, dtype="float16", device="cuda")
-            test_cache.Model(cache).run(ops)
+            pretend_gpu(patch)
+            cache = PagedKVCache(num_pages, max_seqs=4, max_seq_len=300, dtype="float16", device="cuda")
+            Model(cache).run(ops)
 
 else:
 
