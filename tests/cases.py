@@ -228,8 +228,8 @@ CORNERS = [
     ),
 ]
 
-# The published shapes, by kind: large batch (`compute`), fewer heads as tensor parallelism leaves them (`tp`, `few`), small
-# batch (`latency`), one very long sequence (`long`), several query tokens (`mtp`).
+# The published shapes, by kind: large batch (`compute`), fewer heads as tensor parallelism leaves them (`tp`, `few`),
+# small batch (`latency`), one very long sequence (`long`), several query tokens (`mtp`).
 PERF_LISTED = [
     *(
         Case(128, s_q, s_k, 128, varlen=True, causal=s_q > 1, kind="compute")

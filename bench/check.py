@@ -1,0 +1,88 @@
+"""A result against the float64 definition, before it is timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from compare import LSE_RULE, OUT_RULES, assert_close
+
+import mlacore
+from bench.inputs import Inputs
+from mlacore.params import HEAD_DIM_QK, HEAD_DIM_V, PAGE_SIZE
+
+CHECK_FLOP = (
+    4e9  # what the definition of one sequence may cost on the host; dearer ones are checked in part of the heads
+)
+
+
+class Reference(NamedTuple):
+    """One sequence of a case's first set, in float64: out ``[s_q, heads, 512]``, lse ``[heads, s_q]``."""
+
+    sequence: int
+    heads: slice
+    out: np.ndarray
+    lse: np.ndarray
+
+
+def references(inputs: Inputs) -> list[Reference]:
+    """The first set's shortest, median and longest sequence."""
+    order = np.argsort(inputs.lengths, kind="stable")
+    case = inputs.case
+    results = []
+    for sequence in dict.fromkeys(int(order[place]) for place in (0, len(order) // 2, -1)):
+        length = int(inputs.lengths[sequence])
+        flop = 2.0 * length * case.seq_len_q * case.num_heads * (HEAD_DIM_QK + HEAD_DIM_V)
+        heads = slice(None, None, min(case.num_heads, math.ceil(flop / CHECK_FLOP)))
+        pages = inputs.block_table[0][sequence, : -(-length // PAGE_SIZE)]
+        latents = to_host(inputs.pool.view(np.uint16)[pages]).view(inputs.pool.dtype)
+        q = to_host(inputs.q[0].view(np.uint16)[sequence : sequence + 1, :, heads]).view(inputs.pool.dtype)
+        in_order = np.arange(len(latents), dtype=np.int32)[None]
+        out, lse = mlacore.mla_decode_reference(q, latents, in_order, np.array([length]), causal=case.causal)
+        results.append(Reference(sequence, heads, out[0], lse[0]))
+    return results
+
+
+def check(
+    inputs: Inputs, call: Callable[[], Any], expected: Sequence[Reference], synchronize: Callable[[], Any]
+) -> dict[str, Any]:
+    """Run our call on the first set and compare; the errors as JSON.
+
+    Raises
+    ------
+    AssertionError
+        If an element is further off than the tests allow.
+    """
+    inputs.out[0].view(np.uint16).fill(0x7FFF)  # NaN
+    inputs.lse[0].fill(math.nan)
+    synchronize()
+    call()
+    synchronize()
+    reports = []
+    for sequence, heads, out, lse in expected:
+        # Each sequence by itself: outputs shrink with the length, and a short one's would drown the others' errors.
+        what = f"{inputs.case.id}: sequence {sequence} of {inputs.lengths[sequence]} tokens"
+        got_out, got_lse = to_host(inputs.out[0][sequence])[:, heads], to_host(inputs.lse[0][sequence])[heads]
+        assert_close(got_lse, lse, LSE_RULE, f"{what}: lse")
+        reports.append(assert_close(got_out, out, OUT_RULES[inputs.case.dtype], f"{what}: out"))
+    return {
+        "sequences": len(reports),
+        "max_abs": max(report.max_abs for report in reports),
+        "relative_l2": max(report.relative_l2 for report in reports),
+    }
+
+
+def relative_l2(out: Any, expected: Sequence[Reference]) -> float:
+    """The largest error of a peer's `out` ``[b, s_q, h_q, 512]``, relative to its sequence in the Euclidean norm."""
+    errors = []
+    for sequence, heads, reference, _ in expected:
+        got = to_host(out[sequence])[:, heads].astype(np.float64)
+        errors.append(float(np.linalg.norm(got - reference) / np.linalg.norm(reference)))
+    return max(errors)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A CuPy or NumPy array in NumPy."""
+    return array if isinstance(array, np.ndarray) else array.get()
