@@ -78,7 +78,7 @@ def _gemm_rates(torch: Any, stream: Any, budget: Budget, meter: Meter | None) ->
         with stream:
             burst_s = ceilings.gpu_seconds(multiply, repeats=20)
     except (ImportError, OSError, RuntimeError) as error:  # CuPy loads cuBLAS on first use and raises any of these
-        label = f"not measured: no cuBLAS ({type(error).__name__})"
+        label = f"not measured ({type(error).__name__}: {(str(error) or '?').splitlines()[0]})"
         return {"gemm_tflops": None, "gemm_burst_tflops": None, "gemm_label": label}
 
     def replay() -> None:
