@@ -111,9 +111,26 @@ class OnePeer:
         return out.reshape(out.shape[0], 1, -1, out.shape[-1]), lse
 
 
+class WrongPeer(OnePeer):
+    """Forgets the last sequence in its first variant."""
+
+    name = "Wrong"
+
+    def variants(self, inputs):
+        first, second = super().variants(inputs)
+
+        def forgetful(call):
+            out, lse = call()
+            out[-1] = np.nan
+            return out, lse
+
+        yield [lambda call=call: forgetful(call) for call in first]
+        yield second
+
+
 class PretendedPeers(peers.Peers):
     def __init__(self):
-        self.found, self.missing, self.torch = [OnePeer()], {"Two": "not there"}, None
+        self.found, self.missing, self.torch = [OnePeer(), WrongPeer()], {"Two": "not there"}, None
 
     def on(self, stream):
         return contextlib.nullcontext()
@@ -178,7 +195,9 @@ def test_a_whole_run(gpu, tmp_path, capsys):
     assert first["mlacore"]["watts"] == 600.0
     assert second["shortest"] == 10
     assert third["peers"] == {}
-    assert third["left_out"] == {"One": "variant 0: no float16"}
+    assert third["left_out"] == dict.fromkeys(("One", "Wrong"), "after 0 variants: no float16")
+    assert first["peers"]["Wrong"]["variant"] == 1
+    assert first["left_out"] == {"Wrong": "variant 0: wrong by nan in relative L2"}
     assert first["floor_us"] >= first["load_only"]["us"]
     assert result["ceilings"]["gemm_label"] == "CuPy 64³ float16"
     assert result["ceilings"]["gemm_sm_mhz"] == 1500.0
