@@ -28,27 +28,43 @@ class Reference(NamedTuple):
 
 
 def references(inputs: Inputs) -> list[Reference]:
-    """The first set's shortest, median and longest sequence."""
+    """The first set's shortest, median and longest sequence; computed on the device where CuPy finds cuBLAS."""
     order = np.argsort(inputs.lengths, kind="stable")
-    case = inputs.case
+    case, dtype = inputs.case, inputs.pool.dtype
+    xp = _module(inputs.pool)
     results = []
-    for sequence in dict.fromkeys(int(order[place]) for place in (0, len(order) // 2, -1)):
+    for sequence in dict.fromkeys(int(order[rank]) for rank in (0, len(order) // 2, -1)):
         length = int(inputs.lengths[sequence])
         flop = 2.0 * length * case.seq_len_q * case.num_heads * (HEAD_DIM_QK + HEAD_DIM_V)
         heads = slice(None, None, min(case.num_heads, math.ceil(flop / CHECK_FLOP)))
         pages = inputs.block_table[0][sequence, : -(-length // PAGE_SIZE)]
-        latents = to_host(inputs.pool.view(np.uint16)[pages]).view(inputs.pool.dtype)
-        q = to_host(inputs.q[0].view(np.uint16)[sequence : sequence + 1, :, heads]).view(inputs.pool.dtype)
-        in_order = np.arange(len(latents), dtype=np.int32)[None]
+        q, latents = inputs.q[0].view(np.uint16)[sequence : sequence + 1, :, heads], inputs.pool.view(np.uint16)[pages]
+        if xp is np:
+            q, latents = to_host(q), to_host(latents)
+        in_order = xp.arange(len(latents), dtype=np.int32)[None]
+        q, latents = xp.ascontiguousarray(q).view(dtype), latents.view(dtype)
         out, lse = mlacore.mla_decode_reference(q, latents, in_order, np.array([length]), causal=case.causal)
-        results.append(Reference(sequence, heads, out[0], lse[0]))
+        results.append(Reference(sequence, heads, to_host(out[0]), to_host(lse[0])))
     return results
+
+
+def _module(array: Any) -> Any:
+    """Where the definition is computed: ``cupy`` for an array on the device if its matrix product works, ``numpy``."""
+    if isinstance(array, np.ndarray):
+        return np
+    import cupy
+
+    try:
+        cupy.matmul(cupy.ones((2, 2)), cupy.ones((2, 2)))
+    except (ImportError, OSError, RuntimeError):  # no cuBLAS: CuPy loads it on first use and raises any of these
+        return np
+    return cupy
 
 
 def check(
     inputs: Inputs, call: Callable[[], Any], expected: Sequence[Reference], synchronize: Callable[[], Any]
 ) -> dict[str, Any]:
-    """Run our call on the first set and compare; the errors as JSON.
+    """Run our call on the first set and compare; the errors as JSON. `synchronize` waits for every stream.
 
     Raises
     ------
