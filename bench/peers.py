@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,12 +115,14 @@ class Peers:
     def __init__(self, folder: Path | None = None) -> None:
         self.found: list[Peer] = []
         self.missing: dict[str, str] = {}
-        self.torch, why = _import_torch()
         folder = folder or Path(os.environ.get("MLACORE_PEERS", ".peers"))
-        for kind in (FlashMla, FlashAttention3):
+        with ThreadPoolExecutor() as threads:  # unpacking takes as long as importing torch: both at once
+            paths = {kind: threads.submit(_find, folder, kind.library) for kind in (FlashMla, FlashAttention3)}
+            self.torch, why = _import_torch()
+        for kind, found in paths.items():
             if self.torch is None:
                 self.missing[kind.name] = why
-            elif (path := _find(folder, kind.library)) is None:
+            elif (path := found.result()) is None:
                 self.missing[kind.name] = f"no {kind.library} in {folder}"
             else:
                 try:
@@ -152,6 +155,11 @@ class Peers:
                 graph.replay()
 
         return replay
+
+    def free_memory(self) -> None:
+        """Hand back what torch holds for graphs that are gone: CuPy allocates beside it and cannot ask for it."""
+        if self.torch is not None:
+            self.torch.cuda.empty_cache()
 
     def to_cupy(self, result: Any) -> Any:
         """The output of a peer's call as a CuPy array."""

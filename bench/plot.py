@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.table import RESULTS, Result, label, newest_results, peer_names, share
+from bench.figures import Result, Row, label, peer_names, share
+from bench.table import RESULTS, newest_results
 
 # Colour-blind safe, ours darkest.
 COLOURS = {"mlacore": "#1b4f8a", "FlashMLA": "#d98c3f", "FA3": "#9aa5b1"}
@@ -26,11 +27,11 @@ def draw(result: Result, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = ["mlacore", *peer_names(result)]
+    names = ["mlacore", *peer_names(result["rows"])]
     kinds = list(dict.fromkeys(row["kind"] for row in result["rows"]))
     groups = [[row for row in result["rows"] if row["kind"] == kind] for kind in kinds]
     heights = [len(rows) + 0.8 for rows in groups]
-    figure = Figure(figsize=(8.5, 1.2 + 0.42 * sum(heights)), layout="constrained")
+    figure = Figure(figsize=(8.5, 1.2 + 0.36 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for panel, kind, rows in zip(panels, kinds, groups, strict=True):
         for place, name in enumerate(names):
@@ -60,7 +61,7 @@ def draw(result: Result, path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _time(row: dict, name: str) -> float | None:
+def _time(row: Row, name: str) -> float | None:
     entry = row["mlacore"] if name == "mlacore" else row["peers"].get(name)
     return entry["us"] if entry else None
 

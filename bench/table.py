@@ -9,9 +9,11 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+from bench import figures
+from bench.figures import Result, Row, Spread, gpu_name, label, share
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -28,102 +30,163 @@ HEADLINE = (
     ("mtp", 32, 4, 16, 8192),
 )
 
-Result = dict[str, Any]
-Row = dict[str, Any]
+Lines = list[list[str]]  # cells of a table, its titles first
 
 
-def label(row: Row) -> str:
-    """The shape in words: ``b=128 s_q=1 h=128 4K var``."""
-    tokens = row["seq_len_k"]
-    length = f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
-    varied = " var" if row["varlen"] else ""
-    return f"b={row['batch']} s_q={row['seq_len_q']} h={row['num_heads']} {length}{varied}"
+# ---- what each table holds -----------------------------------------------------------------------------------------
 
 
-def tflops(row: Row, us: float) -> float:
-    """Rate in TFLOP/s of a call that takes `us`."""
-    return row["flops"] / us * 1e-6
+def full_lines(result: Result) -> Lines:
+    """Every case. A peer's × is its time over ours: above 1, ours is the faster one."""
+    rows = result["rows"]
+    num_sms = result["gpu"].get("num_sms", 0)
+
+    def cycles(row: Row) -> str:
+        value = figures.tile_cycles(row, num_sms)
+        return f"{value:.0f} ({figures.TILE_CYCLES / value:.0%})" if value else "–"
+
+    def theirs(name: str) -> Callable[[Row], str]:
+        return lambda row: _versus(row, name) if name in row["peers"] else "–"
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "kind": lambda row: row["kind"],
+        "case": label,
+        "µs": lambda row: _us(row["mlacore"]["us"]),
+        "spread": lambda row: f"{(row['mlacore']['high_us'] - row['mlacore']['low_us']) / row['mlacore']['us']:.1%}",
+        "TFLOP/s": lambda row: f"{figures.tflops(row, row['mlacore']['us']):.0f}",
+        "GB/s": lambda row: f"{figures.gbytes_per_s(row, row['mlacore']['us']):.0f}",
+        "share of floor": lambda row: f"{share(row, row['mlacore']['us']):.0%}",
+    }
+    optional: dict[str, Callable[[Row], str]] = {
+        "cycles a tile": cycles,
+        "MHz": lambda row: _whole(row["mlacore"].get("sm_mhz")),
+        "W": lambda row: _whole(row["mlacore"].get("watts")),
+    }
+    columns |= {title: cell for title, cell in optional.items() if any(cell(row) != "–" for row in rows)}
+    columns |= {f"{name} µs (×)": theirs(name) for name in figures.peer_names(rows)}
+    return [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
 
 
-def gbytes_per_s(row: Row, us: float) -> float:
-    """Rate in GB/s (1e9) of a call that takes `us`."""
-    return row["bytes"] / us * 1e-3
+def summary_lines(result: Result) -> Lines:
+    """Geometric means and worst cases of each group of rows."""
 
+    def cells(spread: Spread | None, form: str) -> list[str]:
+        return [format(spread.mean, form), f"{spread.worst:{form}} at {spread.where}"] if spread else ["–", "–"]
 
-def share(row: Row, us: float) -> float:
-    """Share of floor: 1 is the fastest that this machine's memory and matrix units allow."""
-    return row["floor_us"] / us
-
-
-def peer_names(result: Result) -> list[str]:
-    """Peers measured in any row, in order of first sight."""
-    return list(dict.fromkeys(name for row in result["rows"] for name in row["peers"]))
-
-
-def columns(peers: Sequence[str]) -> list[str]:
-    """Column titles of a table with these peers."""
-    return ["kind", "case", "µs", "spread", "TFLOP/s", "GB/s", "share of floor", *(f"{name} µs (×)" for name in peers)]
-
-
-def cells(row: Row, peers: Sequence[str]) -> list[str]:
-    """One row as text. A peer's × is its time over ours: above 1, ours is the faster one."""
-    ours = row["mlacore"]
-    us = ours["us"]
-    spread = (ours["high_us"] - ours["low_us"]) / us
-    fixed = [
-        row["kind"],
-        label(row),
-        _us(us),
-        f"{spread:.1%}",
-        f"{tflops(row, us):.0f}",
-        f"{gbytes_per_s(row, us):.0f}",
-        f"{share(row, us):.0%}",
+    titles = ["group", "cases", "better peer ÷ mlacore, geomean", "worst", "share of floor, geomean", "worst"]
+    return [
+        titles,
+        *(
+            [one.group, str(one.count), *cells(one.lead, ".2f"), *cells(one.share, ".0%")]
+            for one in figures.summarise(result["rows"])
+        ),
     ]
-    theirs = [row["peers"].get(name) for name in peers]
-    return fixed + [f"{_us(one['us'])} ({one['us'] / us:.2f})" if one else "–" for one in theirs]
 
 
-def plain(result: Result) -> str:
-    """The table with aligned columns, for a terminal."""
-    peers = peer_names(result)
-    lines = [columns(peers), *(cells(row, peers) for row in result["rows"])]
+def host_lines(rows: Sequence[Row]) -> Lines:
+    """What `bench.host` measured, in µs."""
+    titles = ["h", "batch", "eager call, host", "call in a graph, host", "plan.update, host", "plan.update, GPU"]
+    names = ("eager_us", "graph_us", "update_us", "plan_us")
+    return [titles, *([str(row["num_heads"]), str(row["batch"]), *(f"{row[n]:.1f}" for n in names)] for row in rows)]
+
+
+def headline_lines(results: Sequence[Result]) -> Lines:
+    """A few cases, every GPU side by side."""
+    found = [{_key(row): row for row in result["rows"]} for result in results]
+    names = _short_names(results)
+    lines = [["kind", "case", *(f"{name} {what}" for name in names for what in ("µs", "of floor", "better peer (×)"))]]
+    for key in HEADLINE:
+        here = [rows.get(key) for rows in found]
+        shown = next((row for row in here if row), None)
+        if shown is None:
+            continue
+        line = [shown["kind"], label(shown)]
+        for row in here:
+            if row is None:
+                line += ["–"] * 3
+                continue
+            name = figures.better_peer(row)
+            us = row["mlacore"]["us"]
+            line += [_us(us), f"{share(row, us):.0%}", f"{name} {_versus(row, name)}" if name else "–"]
+        lines.append(line)
+    return lines
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def align(lines: Lines) -> str:
+    """A table with aligned columns, for a terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def markdown(result: Result, only: Iterable[tuple[str, int, int, int, int]] | None = None) -> str:
-    """The table in Markdown under a line that says what it was measured on; `only` picks rows by `HEADLINE`'s key."""
-    wanted = None if only is None else set(only)
-    rows = [row for row in result["rows"] if wanted is None or _key(row) in wanted]
-    peers = peer_names({"rows": rows})
-    titles = columns(peers)
-    lines = [
-        "| " + " | ".join(titles) + " |",
-        "|---|---|" + "---:|" * (len(titles) - 2),
-        *("| " + " | ".join(cells(row, peers)) + " |" for row in rows),
-    ]
-    return hardware_line(result) + "\n\n" + "\n".join(lines)
+def markdown(lines: Lines, num_words: int = 2) -> str:
+    """A table in Markdown; the first `num_words` columns are words, the others figures."""
+    titles, *rows = lines
+    rule = "|" + "---|" * num_words + "---:|" * (len(titles) - num_words)
+    return "\n".join(["| " + " | ".join(titles) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def plain(result: Result) -> str:
+    """Everything in one result, for a terminal."""
+    parts = [full_lines(result)] + ([summary_lines(result)] if result["rows"] else [])
+    parts += [host_lines(result["host"])] if result.get("host") else []
+    return "\n\n".join(map(align, parts))
 
 
 def hardware_line(result: Result) -> str:
     """GPU, driver, date and ceilings in one sentence."""
     gpu, ceilings = result["gpu"], result["ceilings"]
-    rate, how = ceilings["gemm_tflops"], ceilings["gemm_label"]
+    how = ceilings["gemm_label"]
+    if rate := ceilings["gemm_tflops"]:
+        notes = [how]
+        if burst := ceilings.get("gemm_burst_tflops"):
+            notes.append(f"in a burst {burst:.0f}")
+        if clock := ceilings.get("gemm_sm_mhz"):
+            notes.append(f"{clock:.0f} MHz")
+        if watts := ceilings.get("gemm_watts"):
+            notes.append(f"{watts:.0f} W")
+        how = f"{rate:.0f} TFLOP/s ({', '.join(notes)})"
+    older = "" if result["schema"] > 1 else " An older bench: one contender after another, matrix product in a burst."
     return (
         f"**{gpu['name']}**, driver {gpu['driver']}, {result['when'][:10]}; in the same run: "
-        f"read {ceilings['read_gbs']:.0f} GB/s, matrix product {f'{rate:.0f} TFLOP/s ({how})' if rate else how}."
+        f"read {ceilings['read_gbs']:.0f} GB/s, matrix product {how}.{older}"
     )
 
 
-def newest_results(folder: Path) -> list[Result]:
-    """The newest result of each GPU in `folder`, sorted by GPU name."""
-    newest: dict[str, Result] = {}
-    for path in folder.glob("*.json"):
-        result = json.loads(path.read_text())
-        name = result["gpu"]["name"]
-        if name not in newest or result["when"] > newest[name]["when"]:
-            newest[name] = result
-    return [newest[name] for name in sorted(newest)]
+def lead_line(result: Result, name: str) -> str:
+    """One sentence on where we stand against the peers, kind by kind."""
+    kinds = {row["kind"] for row in result["rows"]}
+    parts = [
+        f"{one.group} {one.lead.mean:.2f} ({one.lead.worst:.2f})"
+        for one in figures.summarise(result["rows"])
+        if one.lead and one.group in kinds
+    ]
+    return f"Better peer's time over ours on {name}, geometric mean (worst): {', '.join(parts)}." if parts else ""
+
+
+def headline(results: Sequence[Result]) -> list[str]:
+    """The first screen: what it was measured on, a few rows, one sentence a GPU."""
+    if not results:
+        return []
+    leads = [lead_line(result, name) for result, name in zip(results, _short_names(results), strict=True)]
+    rows = markdown(headline_lines(results))
+    return ["\\\n".join(map(hardware_line, results)), rows, *filter(None, leads)]
+
+
+def full(result: Result, plot: Path | None) -> list[str]:
+    """All of one GPU: summary, host's part, and, folded, every case and the plot."""
+    name = result["gpu"]["name"]
+    parts = [hardware_line(result)]
+    if result["rows"]:
+        parts.append(markdown(summary_lines(result), num_words=1))
+    if result.get("host"):
+        parts += ["Beside the kernel, µs:", markdown(host_lines(result["host"]), num_words=0)]
+    parts += [f"<details><summary>Every case on {name}</summary>", markdown(full_lines(result))]
+    if plot is not None:
+        parts.append(f"![Share of floor on {name}, case by case]({plot.as_posix()})")
+    return [*parts, "</details>"]
 
 
 def rewrite(text: str, results: Sequence[Result], plots: Sequence[Path] = ()) -> str:
@@ -143,31 +206,54 @@ def rewrite(text: str, results: Sequence[Result], plots: Sequence[Path] = ()) ->
     ValueError
         If a marker pair is missing from `text`.
     """
-    text = _between(text, "headline", [markdown(result, HEADLINE) for result in results])
+    text = _between(text, "headline", headline(results))
     drawn = {path.stem: path for path in plots}
-    full = []
-    for result in results:
-        full.append(markdown(result))
-        if path := drawn.get(result["gpu"]["slug"]):
-            full.append(f"![Share of floor on {result['gpu']['name']}, case by case]({path.as_posix()})")
-    return _between(text, "full", full)
+    return _between(text, "full", [part for one in results for part in full(one, drawn.get(one["gpu"]["slug"]))])
 
 
-def _between(text: str, name: str, tables: Sequence[str]) -> str:
+def newest_results(folder: Path) -> list[Result]:
+    """The newest result of each GPU in `folder`, sorted by GPU name; files of other make are passed over."""
+    newest: dict[str, Result] = {}
+    for path in folder.glob("*.json"):
+        result = json.loads(path.read_text())
+        if not isinstance(result, dict) or result.get("schema") not in figures.READABLE:
+            continue
+        name = result["gpu"]["name"]
+        if name not in newest or result["when"] > newest[name]["when"]:
+            newest[name] = result
+    return [newest[name] for name in sorted(newest)]
+
+
+def _between(text: str, name: str, parts: Sequence[str]) -> str:
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"no markers {begin} ... {end} in the text")
-    body = "\n\n".join(tables) or "Not measured yet: `make bench` on a Hopper GPU fills this table."
+    body = "\n\n".join(parts) or "Not measured yet: `make bench` on a Hopper GPU fills this table."
     return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text)
+
+
+def _short_names(results: Sequence[Result]) -> list[str]:
+    """One word a GPU, or the full names where two would share one."""
+    names = [gpu_name(result) for result in results]
+    return names if len(set(names)) == len(names) else [result["gpu"]["name"] for result in results]
 
 
 def _key(row: Row) -> tuple[str, int, int, int, int]:
     return (row["kind"], row["batch"], row["seq_len_q"], row["num_heads"], row["seq_len_k"])
 
 
+def _versus(row: Row, name: str) -> str:
+    theirs = row["peers"][name]["us"]
+    return f"{_us(theirs)} ({theirs / row['mlacore']['us']:.2f})"
+
+
 def _us(us: float) -> str:
     return f"{us:.1f}" if us < 1000 else f"{us:.0f}"
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from bench.nvml import Reading
+
+METER_PAUSE_SECONDS = 0.005  # between readings, or ten times what the last one took if that is longer
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Time of one call in µs: median over replays, and the 10th and 90th percentile around it."""
+    """Time of one call in µs: median over replays, and the 10th and 90th percentile around it. Beside it the medians of
+    SM clock and power while it ran, None if unknown."""
 
     us: float
     low_us: float
     high_us: float
     replays: int
+    sm_mhz: float | None = None
+    watts: float | None = None
 
-    def as_json(self) -> dict[str, float]:
+    def as_json(self) -> dict[str, Any]:
         """A dictionary of rounded figures."""
-        return {name: round(value, 3) for name, value in asdict(self).items()}
+        return {name: None if value is None else round(value, 3) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,8 @@ class Budget:
 
 QUICK = Budget(rounds=1, seconds=0.03, min_replays=3, max_replays=10, warmup=1)
 
-Replay = Callable[[], None]
+Replay = Callable[[], Any]
+Meter = Callable[[], Reading]
 
 
 def capture(calls: Sequence[Callable[[], Any]], stream: Any) -> Replay:
@@ -58,55 +68,105 @@ def capture(calls: Sequence[Callable[[], Any]], stream: Any) -> Replay:
     return lambda: graph.launch(stream)
 
 
-def time_replays(replay: Replay, num_calls: int, stream: Any, budget: Budget) -> Timing:
+def time_replays(replay: Replay, num_calls: int, stream: Any, budget: Budget, meter: Meter | None = None) -> Timing:
     """Time `replay`, a graph of `num_calls` calls launched on `stream`, and return the time of one call.
 
     The calls of a graph follow each other on the device, so the launch of the graph itself, a few µs, is shared by all
     of them; give short calls many to a graph.
     """
-    return time_in_turns({"": replay}, num_calls, stream, budget)[""]
+    return time_in_turns({"": replay}, num_calls, stream, budget, meter)[""]
 
 
-def time_in_turns(replays: dict[str, Replay], num_calls: int, stream: Any, budget: Budget) -> dict[str, Timing]:
+def time_in_turns(
+    replays: dict[str, Replay], num_calls: int, stream: Any, budget: Budget, meter: Meter | None = None
+) -> dict[str, Timing]:
     """`time_replays` of several graphs by turns: a chip at its power limit slows as it heats up, and whoever came first
-    would be favoured."""
+    would be favoured. `meter` is read while they run."""
     samples: dict[str, list[float]] = {name: [] for name in replays}
+    readings: dict[str, list[Reading]] = {name: [] for name in replays}
     for _ in range(budget.rounds):
         for name, replay in replays.items():
-            samples[name] += _one_turn(replay, num_calls, stream, budget)
+            _one_turn(replay, num_calls, stream, budget, meter, samples[name], readings[name])
     timings = {}
     for name, values in samples.items():
         low, median, high = np.percentile(values, (10, 50, 90))
-        timings[name] = Timing(float(median), float(low), float(high), len(values))
+        sm_mhz, watts = (_median([reading[i] for reading in readings[name]]) for i in range(len(Reading._fields)))
+        timings[name] = Timing(float(median), float(low), float(high), len(values), sm_mhz, watts)
     return timings
 
 
-def _one_turn(replay: Replay, num_calls: int, stream: Any, budget: Budget) -> list[float]:
+def _one_turn(
+    replay: Replay,
+    num_calls: int,
+    stream: Any,
+    budget: Budget,
+    meter: Meter | None,
+    samples: list[float],
+    readings: list[Reading],
+) -> None:
+    """One turn; appends a time in µs for each replay, and what the meter says once clock and power have settled."""
     import cupy
 
     for _ in range(budget.warmup):
         replay()
     stream.synchronize()
-    samples: list[float] = []
-    deadline = time.perf_counter() + budget.seconds
+    begin = time.perf_counter()
+    next_reading = begin + budget.seconds / 5
     start, end = cupy.cuda.Event(), cupy.cuda.Event()
-    while len(samples) < budget.min_replays or (len(samples) < budget.max_replays and time.perf_counter() < deadline):
+    for count in range(budget.max_replays):
+        if count >= budget.min_replays and time.perf_counter() >= begin + budget.seconds:
+            break
         start.record(stream)
         replay()
         end.record(stream)
+        asked = time.perf_counter()
+        if meter is not None and asked >= next_reading:  # now: the replay is under way
+            readings.append(meter())
+            answered = time.perf_counter()
+            next_reading = answered + max(METER_PAUSE_SECONDS, 10 * (answered - asked))
         end.synchronize()
         samples.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / num_calls)
-    return samples
 
 
-def host_us(call: Callable[[], Any], stream: Any, repeats: int = 50) -> float:
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def host_us(call: Callable[[], Any], stream: Any, repeats: int = 50, bursts: int = 5) -> float:
     """Host time of one eager call in µs: the median over short bursts, the device's queue empty before each."""
-    bursts = []
-    for _ in range(5):
+    times = []
+    for _ in range(bursts):
         stream.synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
             call()
-        bursts.append((time.perf_counter() - start) / repeats * 1e6)
+        times.append((time.perf_counter() - start) / repeats * 1e6)
     stream.synchronize()
-    return float(np.median(bursts))
+    return float(np.median(times))
+
+
+class Stopwatch:
+    """Wall-clock seconds of a run, by phase: where the time on a rented GPU goes.
+
+    Attributes
+    ----------
+    seconds : dict
+        Seconds spent in each phase so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of the ``with`` block towards `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def as_json(self) -> dict[str, float]:
+        """The phases in order of first use, in seconds."""
+        return {name: round(seconds, 1) for name, seconds in self.seconds.items()}

@@ -27,7 +27,8 @@ SPARE_PAGES = 3  # of the pool, never used
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One decode call. `lengths` fixes the sequences; otherwise `varlen`, `zero_fraction` and `seed` draw them."""
+    """One decode call. `lengths` fixes the sequences; otherwise `varlen`, `shortest`, `zero_fraction` and `seed` draw
+    them."""
 
     batch: int
     seq_len_q: int
@@ -42,12 +43,14 @@ class Case:
     lengths: tuple[int, ...] | None = None
     num_workers: int | None = None
     kind: str = ""
+    shortest: int | None = None
 
     @property
     def id(self) -> str:
         parts = [
             f"b{self.batch}-sq{self.seq_len_q}-sk{self.seq_len_k}-hq{self.num_heads}-hkv{self.num_kv_heads}",
             "var" if self.varlen else "",
+            f"from{self.shortest}" if self.shortest else "",
             "causal" if self.causal else "",
             f"zero{self.zero_fraction:g}" if self.zero_fraction else "",
             "x".join(map(str, self.lengths)) if self.lengths else "",
@@ -58,13 +61,17 @@ class Case:
         return "-".join(filter(None, [self.kind, *parts]))
 
     def draw_lengths(self) -> list[int]:
-        """Tokens of each sequence: normal(s_k, s_k / 2) of at least s_q if `varlen`, by Python's own generator."""
+        """Tokens of each sequence, by Python's own generator: normal(s_k, s_k / 2) of at least s_q if `varlen`;
+        log-uniform from `shortest` to s_k if that is given."""
         if self.lengths is not None:
             return list(self.lengths)
         rng = random.Random(self.seed)
         lengths = [self.seq_len_k] * self.batch
         if self.varlen:
             lengths = [max(int(rng.normalvariate(self.seq_len_k, self.seq_len_k / 2)), self.seq_len_q) for _ in lengths]
+        if self.shortest:
+            low, high = math.log(self.shortest), math.log(self.seq_len_k)
+            lengths = [round(math.exp(rng.uniform(low, high))) for _ in lengths]
         zero = random.Random(self.seed + 1)
         return [0 if zero.random() < self.zero_fraction else length for length in lengths]
 
@@ -221,16 +228,40 @@ CORNERS = [
     ),
 ]
 
-PERF = [
+# The published shapes, by kind: large batch (`compute`), fewer heads as tensor parallelism leaves them (`tp`, `few`),
+# small batch (`latency`), one very long sequence (`long`), several query tokens (`mtp`).
+PERF_LISTED = [
     *(
         Case(128, s_q, s_k, 128, varlen=True, causal=s_q > 1, kind="compute")
         for s_q, s_k in itertools.product([1, 2], [4096, 16384, 32768])
     ),
     *(Case(128, 1, s_k, h_q, varlen=True, kind="tp") for h_q, s_k in itertools.product([64, 16], [4096, 16384])),
     *(
+        Case(128, 1, s_k, h_q, varlen=True, kind="few")
+        for h_q, s_k in itertools.product([8, 12, 16, 24, 32], [4096, 16384])
+    ),
+    *(
         Case(b, 1, s_k, h_q, kind="latency")
         for h_q in [128, 16]
         for b, s_k in [(1, 1024), (1, 4096), (1, 32768), (1, 131072), (4, 4096), (16, 1024)]
     ),
-    Case(32, 4, 8192, 16, causal=True, kind="mtp"),
+    *(Case(1, 1, 1 << 20, h_q, kind="long") for h_q in [128, 16]),
+    *(Case(b, s_q, 8192, 16, causal=True, kind="mtp") for b, s_q in itertools.product([32, 128], [2, 3, 4])),
 ]
+
+# Shapes beside the listed ones: a kernel tuned to those alone would fall off a cliff here.
+PERF_SWEEP = [
+    *(Case(b, 1, s_k, 128, varlen=True, kind="sweep") for b, s_k in [(48, 4096), (96, 16384), (200, 4096)]),
+    *(Case(128, 1, s_k, h_q, varlen=True, kind="sweep") for h_q, s_k in [(96, 4096), (112, 16384), (126, 4096)]),
+    *(Case(b, 3, 8192, h_q, varlen=True, causal=True, kind="sweep") for b, h_q in [(48, 128), (96, 64)]),
+    *(
+        Case(b, s_q, 100_000, h_q, causal=s_q > 1, shortest=100, kind="sweep")
+        for b, s_q, h_q in [(96, 1, 128), (48, 1, 64), (200, 2, 112), (200, 1, 16)]
+    ),
+    *(
+        Case(b, 1, s_k, h_q, varlen=True, dtype="float16", kind="sweep")
+        for b, s_k, h_q in [(128, 16384, 128), (96, 4096, 64), (128, 4096, 16)]
+    ),
+]
+
+PERF = [*PERF_LISTED, *PERF_SWEEP]

@@ -105,7 +105,7 @@ def test_case_lists() -> None:
     assert len(GRID) == 2304
     everything = [*TINY, *GRID, *CORNERS, *PERF]
     assert len({case.id for case in everything}) == len(everything)
-    assert {case.kind for case in PERF} == {"compute", "tp", "latency", "mtp"}
+    assert {case.kind for case in PERF} == {"compute", "tp", "few", "latency", "long", "mtp", "sweep"}
     assert thin(GRID, 0.1) == thin(GRID, 0.1)
     assert thin(GRID, 1e9) == GRID
 
@@ -116,6 +116,11 @@ def test_varlen_is_pythons_generator() -> None:
     assert (
         Case(2, 1, 4096, 128, varlen=True, seed=1).draw_lengths() != Case(2, 1, 4096, 128, varlen=True).draw_lengths()
     )
+    mixed = Case(200, 1, 100_000, 16, shortest=100).draw_lengths()
+    assert mixed[:4] == Case(4, 1, 100_000, 128, shortest=100).draw_lengths()
+    assert 100 <= min(mixed) < 200
+    assert 50_000 < max(mixed) <= 100_000
+    assert 80 < sum(length > 3162 for length in mixed) < 120  # half of them on either side of the geometric mean
     zeros = Case(128, 2, 4096, 16, zero_fraction=0.5).draw_lengths()
     assert 40 < zeros.count(0) < 88
 
