@@ -36,16 +36,56 @@ struct PlanParams {
   i32 num_workers;
 };
 
-struct AppendParams {
-  u16* pool;                  // [num_pages, page_size, 1, latent + rope], strides in elements below
+struct WriteParams {
+  u16* pool;                  // one layer: [num_pages, page_size, 1, latent + rope], strides in elements below
   const u16* ckv;             // [num_tokens, kv_lora_rank]
   const u16* kpe;             // [num_tokens, qk_rope_head_dim]
-  const i64* slots;           // [num_tokens]: page * page_size + offset; negative or past the pool: skipped
+  const i64* where;           // [2, num_tokens]: slot page * page_size + offset (outside the pool: skipped), position
+  const u16* norm_weight;     // [kv_lora_rank], null for no RMSNorm
+  const float* rope_cos;      // [rope_positions, qk_rope_head_dim / 2], null for no RoPE
+  const float* rope_sin;
   i64 pool_stride_page;
   i64 pool_stride_row;
   i64 ckv_stride;
   i64 kpe_stride;
   i64 num_slots;              // num_pages * page_size
-  i32 page_size;
+  i32 page_size_log2;
   i32 num_tokens;
+  i32 rope_positions;
+  i32 rope_interleaved;       // pairs (2i, 2i + 1), else (i, i + qk_rope_head_dim / 2)
+  float norm_eps;
+};
+
+struct UpdateParams {
+  i32* block_table;           // [max_seqs, max_pages]
+  i32* cache_seqlens;         // [max_seqs]
+  i32* limits;                // [max_seqs]: how far the device may advance each row by itself
+  i64* where;                 // [2, num_tokens], as in WriteParams
+  i64 block_table_stride;
+  i32 num_changes;
+  i32 num_tokens;
+  i32 page_size_log2;
+};
+
+struct CopyParams {
+  u16* pool;                  // [num_layers, num_pages, page_elems] by the strides below, in elements
+  const i32* pages;           // [num_copies, 2]: from, to
+  i64 pool_stride_layer;
+  i64 pool_stride_page;
+  i64 page_elems;
+  i32 num_layers;
+  i32 num_pages;
+};
+
+struct GatherParams {
+  const u16* pool;            // one layer, as in WriteParams
+  u16* rows;                  // [total tokens, latent + rope]
+  const i32* block_table;     // [max_seqs, max_pages]
+  const i64* spans;           // [num_seqs, 3]: row of the table, tokens, first of `rows`
+  i64 pool_stride_page;
+  i64 pool_stride_row;
+  i64 block_table_stride;
+  i32 max_pages;
+  i32 num_pages;
+  i32 page_size_log2;
 };

@@ -178,6 +178,19 @@ __device__ __forceinline__ u32 cvt_pack(float low, float high) {
   return packed;
 }
 
+// The inverse: two floats from packed elements.
+template <typename Element>
+__device__ __forceinline__ void cvt_unpack(u32 packed, float& low, float& high) {
+  if constexpr (kIsSame<Element, Bf16>) {
+    low = __uint_as_float(packed << 16);
+    high = __uint_as_float(packed & 0xffff0000u);
+  } else {
+    asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;\n}"
+        : "=f"(low), "=f"(high)
+        : "r"(packed));
+  }
+}
+
 // ---- WGMMA ("Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions") --------------------------------
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

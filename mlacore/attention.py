@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlacore import arrays, cpu, shapes, switches
-from mlacore.params import HEAD_DIM_QK, HEAD_DIM_V, KV_LORA_RANK, PAGE_SIZE, QK_ROPE_HEAD_DIM
+from mlacore.params import HEAD_DIM_QK, HEAD_DIM_V, KV_LORA_RANK, PAGE_SIZES, QK_ROPE_HEAD_DIM
 from mlacore.plan import DecodePlan, plan_decode
 
 
@@ -38,8 +38,8 @@ def mla_decode(
     q : bfloat16 or float16 ``[batch, seq_len_q, num_heads, 576]``
         Absorbed queries: 512 values against the latent, then 64 against the RoPE key. NumPy may also be float32, for
         all arguments that share this dtype.
-    kv_cache : dtype of q ``[num_pages, 64, num_kv_heads, 576]``
-        Pool of pages. Strides but the last are free multiples of 16 bytes, so one layer of an interleaved pool will do.
+    kv_cache : dtype of q ``[num_pages, page_size, num_kv_heads, 576]``
+        Pool of pages of 16, 32, 64, 128 or 256 tokens. Strides but the last are free multiples of 16 bytes, so one layer of an interleaved pool will do.
     block_table : int32 ``[batch, max_pages]``
         Pages of each sequence, in order. Entries past a sequence's last page may hold anything.
     cache_seqlens : int32 ``[batch]``
@@ -101,7 +101,7 @@ def mla_decode(
     if plan is not None:
         _check_plan(plan, dims, causal, arrays.device_of(q))
     if switches.checks_indices():
-        _check_indices(block_table, cache_seqlens, dims["num_pages"], stream)
+        _check_indices(block_table, cache_seqlens, dims["num_pages"], dims["page_size"], stream)
 
     if plan is None:
         counts = {name: dims[name] for name in ("num_heads", "seq_len_q", "num_kv_heads")}
@@ -212,11 +212,15 @@ def _check_arguments(
     dims = shapes.Dims()
     dims.bind("head_dim", HEAD_DIM_QK, f"kv_lora_rank {KV_LORA_RANK} + qk_rope_head_dim {QK_ROPE_HEAD_DIM}")
     dims.bind("head_dim_v", HEAD_DIM_V, "kv_lora_rank")
-    dims.bind("page_size", PAGE_SIZE, "the only page size supported")
     dims.match("cache_seqlens", cache_seqlens.shape, ("batch",))
     dims.match("block_table", block_table.shape, ("batch", "max_pages"))
     dims.match("q", q.shape, ("batch", "seq_len_q", "num_heads", "head_dim"))
     dims.match("kv_cache", kv_cache.shape, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
+    if dims["page_size"] not in PAGE_SIZES:
+        raise ValueError(
+            f"kv_cache: got page_size={dims['page_size']} (shape {tuple(kv_cache.shape)}), expected one of "
+            f"{', '.join(map(str, PAGE_SIZES))} (the page sizes supported)"
+        )
     if dims["num_heads"] % dims["num_kv_heads"]:
         raise ValueError(
             f"kv_cache: got num_kv_heads={dims['num_kv_heads']}, expected a divisor of "
@@ -282,7 +286,7 @@ def _check_plan(plan: Any, dims: shapes.Dims, causal: bool, device: int | None) 
         raise ValueError(f"plan: got a plan for causal={plan.causal}, expected causal={causal} (from this call)")
 
 
-def _check_indices(table: Any, lengths: Any, num_pages: int, stream: Any) -> None:
+def _check_indices(table: Any, lengths: Any, num_pages: int, page_size: int, stream: Any) -> None:
     """The checking mode: every length fits its row of the table, every page that is used lies in the pool."""
     if not arrays.is_numpy(table):
         table, lengths = (
@@ -290,14 +294,14 @@ def _check_indices(table: Any, lengths: Any, num_pages: int, stream: Any) -> Non
         )
     lengths = lengths.astype(np.int64)
     max_pages = table.shape[1]
-    columns = -(-lengths // PAGE_SIZE)
+    columns = -(-lengths // page_size)
     bad_lengths = np.flatnonzero((lengths < 0) | (columns > max_pages))
     if bad_lengths.size:
         sequence = bad_lengths[0]
         needs = f", which needs column {columns[sequence] - 1} of block_table" if lengths[sequence] > 0 else ""
         raise IndexError(
             f"cache_seqlens: sequence {sequence} got length {lengths[sequence]}{needs}, expected "
-            f"0 <= length <= {max_pages * PAGE_SIZE} (max_pages={max_pages} from block_table, page_size={PAGE_SIZE})"
+            f"0 <= length <= {max_pages * page_size} (max_pages={max_pages} from block_table, page_size={page_size})"
         )
     used = np.arange(max_pages) < columns[:, None]
     bad_pages = np.argwhere(used & ((table < 0) | (table >= num_pages)))

@@ -313,33 +313,3 @@ def launch_decode(
             grid = (plan.seq_len_q * plan.num_heads, min(plan.batch, plan.num_workers))
             combine = _function(f"mla_combine.{dtype}", device, 0)
             _launch(combine, grid, params.COMBINE_THREADS, 0, stream, (record,), overlaps_previous=True)
-
-
-def launch_append(pool: Any, ckv: Any, kpe: Any, slots: Any, stream: Any) -> None:
-    """Write cache rows (`cuda/cache_append.cu`).
-
-    pool `[num_pages, page_size, 1, 576]`, ckv `[n, 512]`, kpe `[n, 64]`, 16-bit elements with last stride 1 and rows at
-    multiples of 16 bytes; slots int64 `[n]`, page * page_size + offset, skipped where outside the pool.
-    """
-    if len(slots) == 0:
-        return
-    item_bytes = pool.dtype.itemsize
-    num_pages, page_size = pool.shape[:2]
-    fields = {
-        "pool": pool.data.ptr,
-        "ckv": ckv.data.ptr,
-        "kpe": kpe.data.ptr,
-        "slots": slots.data.ptr,
-        "pool_stride_page": pool.strides[0] // item_bytes,
-        "pool_stride_row": pool.strides[1] // item_bytes,
-        "ckv_stride": ckv.strides[0] // item_bytes,
-        "kpe_stride": kpe.strides[0] // item_bytes,
-        "num_slots": num_pages * page_size,
-        "page_size": page_size,
-        "num_tokens": len(slots),
-    }
-    record = _record(params.APPEND_PARAMS, fields)
-    grid = (-(-len(slots) // params.APPEND_ROWS), 1)
-    threads = params.APPEND_ROWS * params.WARP_THREADS
-    with pool.device:
-        _launch(_function("cache_append", pool.device.id, 0), grid, threads, 0, stream, (record,))

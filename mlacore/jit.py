@@ -74,7 +74,14 @@ def _variants() -> Iterator[Variant]:
         yield Variant(f"mla_combine.{dtype}", "mla_combine", (*of_dtype, combine), is_default)
     plan = (("MLA_ITEM_COST_TILES", params.ITEM_COST_TILES), ("MLA_PLAN_THREADS", params.PLAN_THREADS))
     yield Variant("mla_plan", "mla_plan", (*_TILE, *plan))
-    yield Variant("cache_append", "cache_append", (*_DIMS, ("MLA_APPEND_ROWS", params.APPEND_ROWS)))
+    for dtype, element in ELEMENTS.items():
+        write = (*_DIMS, ("MLA_ELEMENT", element), ("MLA_WRITE_ROWS", params.WRITE_ROWS))
+        yield Variant(f"cache_write.{dtype}", "cache_write", write, dtype == "bfloat16")
+    for words in params.UPDATE_WORDS:
+        update = (("MLA_UPDATE_ROWS", params.UPDATE_ROWS), ("MLA_CHANGE_WORDS", words))
+        yield Variant(f"cache_update.{words}", "cache_update", update)
+    yield Variant("cache_copy", "cache_copy", (("MLA_COPY_THREADS", params.COPY_THREADS),))
+    yield Variant("cache_gather", "cache_gather", (*_DIMS, ("MLA_GATHER_ROWS", params.GATHER_ROWS)))
 
 
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _variants()}

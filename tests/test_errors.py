@@ -102,15 +102,9 @@ def raises(kind: type[Exception], message: str) -> Any:
             f"(batch, seq_len_q, num_heads, head_dim) with batch=3 (from cache_seqlens), {HEAD_DIM}",
         ),
         ("q", (3, 2, 0, 576), "(batch, seq_len_q, num_heads, head_dim) with batch=3"),
-        ("kv_cache", (12, 64, 576), "(num_pages, page_size, num_kv_heads, head_dim) with page_size=64"),
-        ("kv_cache", (12, 64, 1, 656), "(num_pages, page_size, num_kv_heads, head_dim) with page_size=64"),
-        (
-            "kv_cache",
-            (24, 32, 1, 576),
-            "(num_pages, page_size, num_kv_heads, head_dim) with page_size=64 (the only page size supported), "
-            + HEAD_DIM,
-        ),
-        ("kv_cache", (0, 64, 1, 576), "(num_pages, page_size, num_kv_heads, head_dim) with page_size=64"),
+        ("kv_cache", (12, 64, 576), f"(num_pages, page_size, num_kv_heads, head_dim) with {HEAD_DIM}"),
+        ("kv_cache", (12, 64, 1, 656), f"(num_pages, page_size, num_kv_heads, head_dim) with {HEAD_DIM}"),
+        ("kv_cache", (0, 64, 1, 576), f"(num_pages, page_size, num_kv_heads, head_dim) with {HEAD_DIM}"),
         (
             "out",
             (3, 2, 16, 576),
@@ -130,6 +124,16 @@ def test_wrong_shape(make: Make, argument: str, shape: tuple[int, ...], expected
     dtype = {"block_table": np.int32, "cache_seqlens": np.int32, "lse": np.float32}.get(argument, bfloat16)
     with raises(ValueError, f"{argument}: got shape {shape}, expected {expected}"):
         mla_decode(**arguments(make) | {argument: make(shape, dtype)})
+
+
+@pytest.mark.parametrize("page_size", [1, 48, 512])
+def test_wrong_page_size(make: Make, page_size: int) -> None:
+    wrong = make((12, page_size, 1, 576), bfloat16)
+    message = (
+        f"kv_cache: got page_size={page_size} (shape (12, {page_size}, 1, 576)), expected one of 16, 32, 64, 128, 256"
+    )
+    with raises(ValueError, message):
+        mla_decode(**arguments(make) | {"kv_cache": wrong})
 
 
 def test_kv_heads_must_divide_heads(make: Make) -> None:
