@@ -51,7 +51,10 @@ def latents(cache: PagedKVCache, tokens: Sequence[int], layer: int = 0) -> tuple
 
 
 def on_host(array: Any) -> np.ndarray:
-    return array if type(array) is np.ndarray else arrays.import_cupy().asnumpy(array)
+    if type(array) is np.ndarray:
+        return array
+    bits = array.view(np.uint16) if array.dtype.itemsize == 2 else array  # CuPy copies these whatever they stand for
+    return arrays.import_cupy().asnumpy(bits).view(array.dtype)
 
 
 def contents(cache: PagedKVCache, seq: int, layer: int = 0) -> np.ndarray:

@@ -65,9 +65,9 @@ def test_lazy_import_does_not_look_for_a_gpu():
 
 
 def test_log_switch_shows_what_is_compiled():
-    code = "from mlacore import jit; jit.compile(jit.VARIANTS['cache_append'])"
+    code = "from mlacore import jit; jit.compile(jit.VARIANTS['cache_gather'])"
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs the cu13 extra")
-    assert "compiled cache_append in" in run_python(code, MLACORE_LOG="debug").stderr
+    assert "compiled cache_gather in" in run_python(code, MLACORE_LOG="debug").stderr
     assert "compiled" not in run_python(code, MLACORE_LOG="").stderr
 
 
