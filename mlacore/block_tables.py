@@ -70,10 +70,15 @@ class TableChanges:
         records[SEQ] = seqs
         records[LENGTH] = lengths
         records[TOKENS] = tokens
-        asked = np.maximum(records[TOKENS], 0)
-        ends = np.cumsum(asked)
-        records[SLOTS_AT] = ends - asked
-        total, longest = (int(ends[-1]), int(asked.max())) if n else (0, 0)
+        if isinstance(tokens, int):
+            longest = max(tokens, 0) if n else 0
+            total = longest * n
+            records[SLOTS_AT] = np.arange(n) * longest
+        else:
+            asked = np.maximum(records[TOKENS], 0)
+            ends = np.cumsum(asked)
+            records[SLOTS_AT] = ends - asked
+            total, longest = (int(ends[-1]), int(asked.max())) if n else (0, 0)
         if num_pages is None:  # most steps
             records[NUM_PAGES:] = 0
             return cls(packed, n, total, longest)

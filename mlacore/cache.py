@@ -141,7 +141,7 @@ class PagedKVCache(CacheState):
         cached = np.array([len(pages) * page_size for pages in hits], np.int64)
         lengths = cached
         if num_tokens is not None:
-            lengths = cache_checks.check_counts(np.arange(num_seqs), num_tokens)
+            lengths = np.zeros(num_seqs, np.int64) + cache_checks.check_counts(np.arange(num_seqs), num_tokens)
             cache_checks.check_prompts(lengths, [len(i) for i in ids], self.max_seq_len)
         else:
             cache_checks.check_prompts(lengths, [], self.max_seq_len)
@@ -272,8 +272,7 @@ class PagedKVCache(CacheState):
             )
         rows = cache_checks.check_seqs(seqs, self._host.alive)
         dims = self.layout.dims()
-        counts, leading = cache_checks.bind_tokens(dims, rows, ckv, num_tokens)
-        total = int(counts.sum())
+        counts, total, leading = cache_checks.bind_tokens(dims, rows, ckv, num_tokens)
         ckv, kpe = cache_checks.check_values(ckv, kpe, self.layout, dims, leading, stream, empty=total == 0)
         change = self._host.changes_to_grow(rows, counts)
         end = _end(change)

@@ -110,7 +110,8 @@ def check_seqs(seqs: Any, alive: np.ndarray, *, distinct: bool = True) -> np.nda
         raise ValueError(f"seqs: got shape {rows.shape}, expected (num_seqs,)")
     if not len(rows):
         return rows
-    if rows.min() < 0 or rows.max() >= len(alive) or not alive.take(rows).all():
+    # As unsigned numbers, negative ones are too large.
+    if rows.view(np.uint64).max() >= len(alive) or not alive.take(rows).all():
         lives = (rows >= 0) & (rows < len(alive))
         lives[lives] = alive[rows[lives]]
         i = int(np.argmin(lives))
@@ -122,19 +123,17 @@ def check_seqs(seqs: Any, alive: np.ndarray, *, distinct: bool = True) -> np.nda
     return rows
 
 
-def check_counts(rows: np.ndarray, num_tokens: Any) -> np.ndarray:
-    """`num_tokens` as one number for each row, none negative."""
+def check_counts(rows: np.ndarray, num_tokens: Any) -> np.ndarray | int:
+    """`num_tokens` as one number for each row, or one for all, none negative."""
     counts = _host_integers("num_tokens", num_tokens)
     if counts.shape not in ((), rows.shape):
         raise ValueError(
             f"num_tokens: got shape {counts.shape}, expected (num_seqs,) with num_seqs={len(rows)} (from seqs)"
         )
-    if counts.ndim == 0:
-        counts = np.full(rows.shape, counts)
-    if len(counts) and counts.min() < 0:
+    if counts.size and counts.min() < 0 and len(rows):
         i = int(np.argmin(counts))
-        raise ValueError(f"num_tokens: got {counts[i]} for sequence {rows[i]}, expected at least 0")
-    return counts
+        raise ValueError(f"num_tokens: got {counts.flat[i]} for sequence {rows[i]}, expected at least 0")
+    return counts if counts.ndim else int(counts)
 
 
 def check_lengths(rows: np.ndarray, lengths: Any, seq_lens: np.ndarray) -> np.ndarray:
@@ -172,6 +171,8 @@ def _host_integers(argument: str, values: Any) -> np.ndarray:
         integers = np.asarray(values)
     except ValueError as error:  # parts of unequal length
         raise ValueError(f"{argument}: got {reprlib.repr(values)}, expected integers along one axis") from error
+    if integers.dtype == np.int64:
+        return integers
     if integers.size and integers.dtype.kind not in "iu":
         raise TypeError(f"{argument}: got dtype {integers.dtype}, expected integers")
     if integers.dtype == np.uint64 and integers.max(initial=0) > _INT64_MAX:
@@ -182,16 +183,20 @@ def _host_integers(argument: str, values: Any) -> np.ndarray:
 # ---- arrays of tokens ----------------------------------------------------------------------------------------------
 
 
-def bind_tokens(dims: shapes.Dims, rows: np.ndarray, ckv: Any, num_tokens: Any) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The number of tokens for each row and the axes in front of a token's values, which are bound in `dims`."""
+def bind_tokens(
+    dims: shapes.Dims, rows: np.ndarray, ckv: Any, num_tokens: Any
+) -> tuple[np.ndarray | int, int, tuple[str, ...]]:
+    """The number of tokens for each row, of all of them, and the axes in front of a token's values, which are bound in
+    `dims`."""
     dims.bind("num_seqs", len(rows), "from seqs")
-    if num_tokens is not None:
-        counts = check_counts(rows, num_tokens)
-        dims.bind("total_tokens", int(counts.sum()), "the sum of num_tokens")
-        return counts, ("total_tokens",)
-    shape = tuple(getattr(ckv, "shape", ()))
-    each = shape[1] if len(shape) == 3 else 1  # another rank fails in check_values
-    return check_counts(rows, each), ("num_seqs", "num_tokens")
+    if num_tokens is None:
+        shape = tuple(getattr(ckv, "shape", ()))
+        each = shape[1] if len(shape) == 3 else 1  # another rank fails in check_values
+        return each, each * len(rows), ("num_seqs", "num_tokens")
+    counts = check_counts(rows, num_tokens)
+    total = counts * len(rows) if isinstance(counts, int) else int(counts.sum())
+    dims.bind("total_tokens", total, "the sum of num_tokens")
+    return counts, total, ("total_tokens",)
 
 
 def check_tokens(tokens: Any, layout: CacheLayout, dims: shapes.Dims) -> NewTokens:

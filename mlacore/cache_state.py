@@ -180,5 +180,4 @@ class CacheState:
         if self.layout.device is None:
             arrays.check_no_stream(stream)
             return None
-        with arrays.import_cupy().cuda.Device(self.layout.device):
-            return arrays.as_stream(stream)
+        return arrays.as_stream(stream, self.layout.device)

@@ -128,14 +128,14 @@ class HostTables:
         tables = TableChanges.pack(rows, lengths=lengths, tokens=asked, num_pages=num_hits + num_new, pages=pages)
         return rows, Change(tables, claimed=claimed, shared=shared, alive=True)
 
-    def changes_to_grow(self, rows: np.ndarray, counts: np.ndarray) -> Change:
+    def changes_to_grow(self, rows: np.ndarray, counts: np.ndarray | int) -> Change:
         """Append ``counts[i]`` tokens to ``rows[i]``, whose slots are asked for."""
         lengths = self.seq_lens.take(rows)
         self._check_room(rows, counts, lengths)
         grown = lengths + counts
         return self._resize(rows, lengths, grown, grown, counts, counts > 0)
 
-    def changes_to_reserve(self, rows: np.ndarray, counts: np.ndarray) -> Change:
+    def changes_to_reserve(self, rows: np.ndarray, counts: np.ndarray | int) -> Change:
         """Let the device append up to ``counts[i]`` tokens to ``rows[i]``."""
         lengths = self.seq_lens.take(rows)
         self._check_room(rows, counts, lengths)
@@ -143,13 +143,13 @@ class HostTables:
 
     def changes_to_truncate(self, rows: np.ndarray, lengths: np.ndarray) -> Change:
         """Keep the first ``lengths[i]`` tokens of ``rows[i]``."""
-        change = self._resize(rows, lengths, lengths, lengths, 0, np.zeros(len(rows), bool))
+        change = self._resize(rows, lengths, lengths, lengths, 0, False)
         return _sealing(change, lengths % self.page_size != 0)
 
     def changes_to_clear(self, rows: np.ndarray) -> Change:
         """Take all pages and tokens from `rows`, and let them go."""
         nothing = np.zeros(len(rows), np.int64)
-        change = self._resize(rows, nothing, nothing, nothing, 0, np.zeros(len(rows), bool))
+        change = self._resize(rows, nothing, nothing, nothing, 0, False)
         return _sealing(change, np.zeros(len(rows), bool), alive=False)
 
     def changes_to_fork(self, rows: np.ndarray) -> tuple[np.ndarray, Change]:
@@ -276,12 +276,13 @@ class HostTables:
             )
         return rows[:count].astype(np.int32)
 
-    def _check_room(self, rows: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> None:
+    def _check_room(self, rows: np.ndarray, counts: np.ndarray | int, lengths: np.ndarray) -> None:
         room = self.max_seq_len - lengths
-        if np.any(counts > room):
-            i = int(np.argmax(counts > room))
+        too_many = counts > room
+        if too_many.any():
+            i = int(np.argmax(too_many))
             raise ValueError(
-                f"num_tokens: got {counts[i]} for sequence {rows[i]}, expected at most {room[i]} "
+                f"num_tokens: got {np.broadcast_to(counts, rows.shape)[i]} for sequence {rows[i]}, expected at most {room[i]} "
                 f"(it holds {lengths[i]} of max_seq_len={self.max_seq_len} tokens)"
             )
 
@@ -304,13 +305,13 @@ class HostTables:
         lengths: np.ndarray,
         room: np.ndarray,
         tokens: np.ndarray | int,
-        writes: np.ndarray,
+        writes: np.ndarray | bool,
     ) -> Change:
         """`rows` of `before` tokens hold `lengths` from now on and pages for `room`; where `writes`, what follows
         `before` is going to be written."""
         grown = self._pages(room) - self.pages_held.take(rows)
         sealed = self.sealed.take(rows) & writes
-        if not (grown.any() or sealed.any()):
+        if not (grown.any() or sealed.any()):  # most decode steps
             return Change(TableChanges.pack(rows, lengths=lengths, tokens=tokens))
         num_new = np.maximum(grown, 0)
         released, forgotten, copied = self._released(rows, grown), _NO_PAGES, _NO_PAGES
@@ -327,7 +328,7 @@ class HostTables:
             released=released,
             forgotten=forgotten,
             copies=np.column_stack([copied, claimed[begins]]),
-            sealed=self.sealed.take(rows) & ~writes,
+            sealed=self.sealed.take(rows) & np.logical_not(writes),
         )
 
     def _released(self, rows: np.ndarray, grown: np.ndarray) -> np.ndarray:
