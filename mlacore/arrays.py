@@ -51,7 +51,7 @@ def is_numpy(array: Any) -> bool:
 
 def is_gpu(array: Any) -> bool:
     """Whether `array` lives in CUDA device memory, of whichever library. Imports nothing."""
-    if _is_cupy(array):
+    if is_cupy(array):
         return True
     if hasattr(array, "__dlpack_device__"):
         return int(array.__dlpack_device__()[0]) in _DLPACK_CUDA
@@ -109,7 +109,7 @@ def to_device(argument: str, array: Any, stream: Any = None) -> Any:
     TypeError
         If `array` is not on a GPU, or has an element type that CuPy cannot hold.
     """
-    if _is_cupy(array):
+    if is_cupy(array):
         return array
     if not is_gpu(array):
         raise TypeError(f"{argument}: got {type(array).__name__}, expected a GPU array")
@@ -179,7 +179,8 @@ class _RawStream:
         return (0, self._handle)
 
 
-def _is_cupy(array: Any) -> bool:
+def is_cupy(array: Any) -> bool:
+    """Whether `array` is a CuPy array. Imports nothing."""
     # An instance exists only once CuPy is imported; asking sys.modules keeps this free for NumPy users.
     cupy = sys.modules.get("cupy")
     return cupy is not None and isinstance(array, cupy.ndarray)

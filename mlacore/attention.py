@@ -39,7 +39,8 @@ def mla_decode(
         Absorbed queries: 512 values against the latent, then 64 against the RoPE key. NumPy may also be float32, for
         all arguments that share this dtype.
     kv_cache : dtype of q ``[num_pages, page_size, num_kv_heads, 576]``
-        Pool of pages of 16, 32, 64, 128 or 256 tokens. Strides but the last are free multiples of 16 bytes, so one layer of an interleaved pool will do.
+        Pool of pages of 16, 32, 64, 128 or 256 tokens. Strides but the last are free multiples of 16 bytes, so one
+        layer of an interleaved pool will do.
     block_table : int32 ``[batch, max_pages]``
         Pages of each sequence, in order. Entries past a sequence's last page may hold anything.
     cache_seqlens : int32 ``[batch]``

@@ -49,16 +49,19 @@ class TableChanges:
         Tokens whose slots are asked for, over all records.
     longest : int
         Largest number of pages or asked tokens of one record.
+    reserves : bool
+        Whether the device may add tokens to a row.
     """
 
     packed: np.ndarray
     num_changes: int
     num_tokens: int
     longest: int
+    reserves: bool
 
     @classmethod
     def pack(
-        cls, seqs: np.ndarray, *, lengths: Any, tokens: Any = 0, num_pages: Any = None, pages: Any = ()
+        cls, seqs: np.ndarray, *, lengths: Any, tokens: Any = 0, num_pages: np.ndarray | None = None, pages: Any = ()
     ) -> TableChanges:
         """Pack `[n]` values per field, or one for all; `pages` are the new pages of all records, one after the other.
 
@@ -71,7 +74,7 @@ class TableChanges:
         records[LENGTH] = lengths
         records[TOKENS] = tokens
         if isinstance(tokens, int):
-            longest = max(tokens, 0) if n else 0
+            longest, reserves = max(tokens, 0) if n else 0, tokens < 0
             total = longest * n
             records[SLOTS_AT] = np.arange(n) * longest
         else:
@@ -79,13 +82,22 @@ class TableChanges:
             ends = np.cumsum(asked)
             records[SLOTS_AT] = ends - asked
             total, longest = (int(ends[-1]), int(asked.max())) if n else (0, 0)
+            reserves = bool((records[TOKENS] < 0).any())
         if num_pages is None:  # most steps
             records[NUM_PAGES:] = 0
-            return cls(packed, n, total, longest)
-        records[NUM_PAGES] = num_pages
-        records[PAGES_AT] = np.cumsum(records[NUM_PAGES]) - records[NUM_PAGES] + n * NUM_FIELDS
+            return cls(packed, n, total, longest, reserves)
         packed[n * NUM_FIELDS :] = pages
-        return cls(packed, n, total, max(longest, int(records[NUM_PAGES].max(initial=0))))
+        records[NUM_PAGES] = num_pages
+        pages_at = records[PAGES_AT]
+        pages_at[:] = n * NUM_FIELDS
+        some = num_pages.nonzero()[0]
+        if len(some) == len(pages):  # of a batch that decodes, few rows begin a page
+            pages_at[some] += np.arange(len(some), dtype=np.int32)
+            longest = max(longest, min(1, len(some)))
+        else:
+            pages_at += np.cumsum(num_pages) - num_pages
+            longest = max(longest, int(num_pages.max()))
+        return cls(packed, n, total, longest, reserves)
 
     @property
     def records(self) -> np.ndarray:
@@ -117,15 +129,22 @@ def apply_changes_numpy(
     page_size : int
         Tokens of a page.
     """
-    seqs, lengths, tokens, _, num_pages, pages_at = changes.records
-    limit = np.where(tokens < 0, lengths - tokens, 0)
+    records = changes.records
+    seqs, lengths, tokens = records[SEQ], records[LENGTH], records[TOKENS]
+    ends = lengths - np.minimum(tokens, 0) if changes.reserves else lengths
     cache_seqlens[seqs] = lengths
-    limits[seqs] = limit
+    limits[seqs] = np.where(tokens < 0, ends, 0) if changes.reserves else 0
 
-    if len(changes.packed) > NUM_FIELDS * changes.num_changes:  # most decode steps claim no page
-        record, nth = spread(num_pages)
-        first_columns = -(-np.maximum(lengths, limit) // page_size) - num_pages
-        block_table[seqs[record], first_columns[record] + nth] = changes.packed[pages_at[record] + nth]
+    if len(changes.packed) > records.size:  # most decode steps claim few pages
+        new_pages = changes.packed[records.size :]  # in the order of their records
+        num_pages = records[NUM_PAGES]
+        some = num_pages.nonzero()[0]
+        if len(some) == len(new_pages):
+            block_table[seqs.take(some), (ends.take(some) - 1) // page_size] = new_pages
+        else:
+            owner, nth = spread(num_pages)
+            first_columns = -(-ends // page_size) - num_pages
+            block_table[seqs[owner], first_columns[owner] + nth] = new_pages
 
     if where is not None:
         asked = np.maximum(tokens, 0)

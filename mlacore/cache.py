@@ -16,7 +16,6 @@ from mlacore import cache_checks, shapes
 from mlacore.block_tables import LENGTH
 from mlacore.cache_layout import Created, NewTokens, StepTokens
 from mlacore.cache_state import CacheState, Integers
-from mlacore.host_tables import Change
 from mlacore.page_pool import prefix_keys
 
 __all__ = ["PagedKVCache"]
@@ -146,7 +145,7 @@ class PagedKVCache(CacheState):
         else:
             cache_checks.check_prompts(lengths, [], self.max_seq_len)
         rows, change = self._host.changes_to_create(hits, lengths)
-        tokens = self._update(change, stream, int(lengths.max(initial=0)))
+        tokens = self._update(change, stream)
         self._lookups += sum(map(len, ids))
         self._lookup_hits += int(cached.sum())
         return Created(rows, cached, tokens)
@@ -203,7 +202,7 @@ class PagedKVCache(CacheState):
         stream = self._stream(stream)
         rows = cache_checks.check_seqs(seqs, self._host.alive, distinct=False)
         new_rows, change = self._host.changes_to_fork(rows)
-        self._update(change, stream, 0)
+        self._update(change, stream)
         return new_rows
 
     def truncate(self, seqs: Integers, lengths: int | Integers, *, stream: Any = None) -> None:
@@ -224,13 +223,13 @@ class PagedKVCache(CacheState):
         stream = self._stream(stream)
         rows = cache_checks.check_seqs(seqs, self._host.alive)
         kept = cache_checks.check_lengths(rows, lengths, self._host.seq_lens)
-        self._update(self._host.changes_to_truncate(rows, kept), stream, 0)
+        self._update(self._host.changes_to_truncate(rows, kept), stream)
 
     def free(self, seqs: Integers, *, stream: Any = None) -> None:
         """End sequences. Their rows, and the pages that no other sequence holds, are free for the next call."""
         stream = self._stream(stream)
         rows = cache_checks.check_seqs(seqs, self._host.alive)
-        self._update(self._host.changes_to_clear(rows), stream, 0)
+        self._update(self._host.changes_to_clear(rows), stream)
 
     # ---- new tokens ------------------------------------------------------------------------------------------------
 
@@ -275,10 +274,10 @@ class PagedKVCache(CacheState):
         counts, total, leading = cache_checks.bind_tokens(dims, rows, ckv, num_tokens)
         ckv, kpe = cache_checks.check_values(ckv, kpe, self.layout, dims, leading, stream, empty=total == 0)
         change = self._host.changes_to_grow(rows, counts)
-        end = _end(change)
-        options = cache_checks.check_transform(self.layout, end, stream, **transform)
+        longest = int(change.tables.records[LENGTH].max(initial=0)) if transform else 0
+        options = cache_checks.check_transform(self.layout, longest, stream, **transform)
         with self._store.at(stream):
-            tokens = self._update_here(change, stream, end)
+            tokens = self._update_here(change, stream)
             if total:
                 self._store.write(0, tokens.where, ckv, kpe, options, stream)
         return tokens
@@ -310,7 +309,7 @@ class PagedKVCache(CacheState):
         stream = self._stream(stream)
         rows = cache_checks.check_seqs(seqs, self._host.alive)
         change = self._host.changes_to_grow(rows, cache_checks.check_counts(rows, num_tokens))
-        return self._update(change, stream, _end(change))
+        return self._update(change, stream)
 
     def write(
         self,
@@ -402,7 +401,7 @@ class PagedKVCache(CacheState):
         stream = self._stream(stream)
         rows = cache_checks.check_seqs(seqs, self._host.alive)
         change = self._host.changes_to_reserve(rows, cache_checks.check_counts(rows, num_tokens))
-        self._update(change, stream, 0)
+        self._update(change, stream)
 
     def step_tokens(self, num_seqs: int | None = None, num_tokens: int = 1, *, stream: Any = None) -> StepTokens:
         """Memory for a step that the device makes by itself; one serves any number of steps and captured graphs.
@@ -420,7 +419,7 @@ class PagedKVCache(CacheState):
             raise ValueError(f"num_seqs: got {num_seqs}, expected at most {self.max_seqs} (max_seqs of the cache)")
         num_tokens = shapes.check_count("num_tokens", num_tokens)
         with self._store.at(stream):
-            return StepTokens(self._store.empty_tokens(num_seqs * num_tokens), 0, num_seqs, num_tokens)
+            return StepTokens(self._store.empty_tokens(num_seqs * num_tokens), None, num_seqs, num_tokens)
 
     def advance(self, tokens: StepTokens, *, stream: Any = None) -> None:
         """Append a step's tokens to the reserved sequences, on the device: lengths grow, `tokens` says where they go.
@@ -475,7 +474,7 @@ class PagedKVCache(CacheState):
         change = self._host.changes_to_compact()
         if change is None:
             return 0
-        self._update(change, stream, 0)
+        self._update(change, stream)
         return len(change.copies)
 
     @classmethod
@@ -484,8 +483,3 @@ class PagedKVCache(CacheState):
         from mlacore import cache_files
 
         return cache_files.load(cls, path, **options)
-
-
-def _end(change: Change) -> int:
-    """The longest length of the rows that change."""
-    return int(change.tables.records[LENGTH].max(initial=0))

@@ -246,19 +246,31 @@ def check_values(
 
     Where there are no tokens (`empty`), sizes may be 0 and there is no row to load.
     """
-    checked = []
+    ckv = _on_cache_device("ckv", ckv, layout.device, stream)
+    kpe = _on_cache_device("kpe", kpe, layout.device, stream)
+    # Step after step brings the same shapes; once they have passed, only addresses can be wrong.
+    seen = (layout, leading, dims[leading[0]], ckv.shape, ckv.strides, ckv.dtype, kpe.shape, kpe.strides, kpe.dtype)
+    if seen in _passed and (shapes.address_of(ckv) | shapes.address_of(kpe)) % shapes.ALIGNMENT_BYTES == 0:
+        return ckv, kpe
     for argument, array, width in (("ckv", ckv, "kv_lora_rank"), ("kpe", kpe, "qk_rope_head_dim")):
-        array = _on_cache_device(argument, array, layout.device, stream)
         dims.match(argument, array.shape, (*leading, width), minimum=0 if empty else 1)
         shapes.check_dtype(argument, array.dtype, (layout.dtype,), "from the cache")
         if not empty:
             shapes.check_rows(argument, array)
-        checked.append(array)
-    return checked[0], checked[1]
+    if len(_passed) >= _MOST_PASSED:
+        _passed.clear()
+    _passed.add(seen)
+    return ckv, kpe
+
+
+_passed: set[tuple[Any, ...]] = set()
+_MOST_PASSED = 1024
 
 
 def _on_cache_device(argument: str, array: Any, device: int | None, stream: Any) -> Any:
     """`array` as a NumPy or CuPy array, whichever the cache is made of."""
+    if arrays.is_cupy(array) and array.data.device_id == device:
+        return array
     if not (arrays.is_numpy(array) if device is None else arrays.is_gpu(array)):
         kind = "NumPy" if device is None else "GPU"
         raise TypeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,13 @@ class CudaStore:
             self._load_kernels(cupy, stream)
         stream.synchronize()  # the first step may come on another stream
 
-    def at(self, stream: Any) -> AbstractContextManager[Any]:
+    def at(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """The cache's device and `stream`, current."""
-        assert self._layout.device is not None
-        return arrays.on_device(self._layout.device, stream)
+        cupy, device = arrays.import_cupy(), self._layout.device
+        assert device is not None
+        if cupy.cuda.get_current_stream() == stream and cupy.cuda.runtime.getDevice() == device:
+            return contextlib.nullcontext(cupy)
+        return arrays.on_device(device, stream)
 
     def empty_tokens(self, num_tokens: int) -> Any:
         return arrays.import_cupy().asarray(np.full((2, num_tokens), -1, np.int64))

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlacore import shapes
+from mlacore.block_tables import LENGTH, TableChanges
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CacheLayout:
     """Sizes of a pool, and where it is.
 
@@ -93,15 +94,20 @@ class NewTokens:
     ----------
     where : int64 ``[2, n]``, on the cache's device
         Slots and positions, the tokens of the first sequence, then those of the second, and so on.
-    end : int
-        One past the largest position, 0 where only the device knows it.
+    changes : TableChanges or None
+        The change of the tables that made room for them; None where only the device knows it.
     """
 
     where: Any
-    end: int
+    changes: TableChanges | None
 
     def __len__(self) -> int:
         return self.where.shape[1]
+
+    @property
+    def end(self) -> int:
+        """One past the largest position, 0 where only the device knows it."""
+        return 0 if self.changes is None else int(self.changes.records[LENGTH].max(initial=0))
 
     @property
     def slots(self) -> Any:

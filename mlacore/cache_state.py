@@ -71,13 +71,13 @@ class CacheState:
         self.block_table: Any = self._store.block_table
         self.cache_seqlens: Any = self._store.cache_seqlens
 
-    # ---- what attention reads ------------------------------------------------------------------------------------------
+    # ---- what attention reads ----------------------------------------------------------------------------------------
 
     def batch(self, seqs: Integers, *, stream: Any = None) -> tuple[Any, Any]:
         """Block table and lengths of a batch, in the order of `seqs`.
 
-        They are copies, as wide as the longest sequence needs: ask again after the sequences have grown. Where the batch
-        is the first rows, nothing needs to be copied: ``block_table[:n]`` and ``cache_seqlens[:n]``.
+        They are copies, as wide as the longest sequence needs: ask again after the sequences have grown. Where the
+        batch is the first rows, nothing needs to be copied: ``block_table[:n]`` and ``cache_seqlens[:n]``.
 
         Returns
         -------
@@ -159,12 +159,12 @@ class CacheState:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _update(self, change: Change, stream: Any, end: int) -> NewTokens:
+    def _update(self, change: Change, stream: Any) -> NewTokens:
         with self._store.at(stream):
-            return self._update_here(change, stream, end)
+            return self._update_here(change, stream)
 
-    def _update_here(self, change: Change, stream: Any, end: int) -> NewTokens:
-        """Apply `change` everywhere and return where the tokens go that it asks for, at positions below `end`.
+    def _update_here(self, change: Change, stream: Any) -> NewTokens:
+        """Apply `change` everywhere and return where the tokens go that it asks for.
 
         The mirrors come first: a launch that fails leaves the books as they were. Pages are copied before the tables
         lead to the copies.
@@ -173,7 +173,7 @@ class CacheState:
             self._store.copy_pages(change.copies, stream)
         where = self._store.apply(change.tables, stream)
         self._host.commit(change)
-        return NewTokens(where, end)
+        return NewTokens(where, change.tables)
 
     def _stream(self, stream: Any) -> Any:
         """The CuPy stream to work on; None in NumPy."""

@@ -1,7 +1,8 @@
 """The demo's second part: decode steps through several layers, launched one by one and replayed as one CUDA graph.
 
-Each layer appends a row to every sequence (RMSNorm and RoPE on the way) and attends. What a layer appends is made of the
-previous layer's output, so that a slip in any step shows in all that follow; both ways must end with the same bits.
+Each layer appends a row to every sequence (RMSNorm and RoPE on the way) and attends. What a layer appends is made of
+the previous layer's output, so that a slip in any step shows in all that follow; both ways must end with the same
+bits.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ brought up to date from that record, `HostTables.commit` does the same for the b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -55,6 +55,8 @@ class Change:
     ----------
     tables : TableChanges
         Of rows.
+    held : numpy.ndarray or None
+        Pages of each row of `tables` from now on; None leaves them as many as they are.
     claimed, shared, released, forgotten : numpy.ndarray
         int32 pages that get their first holder, get one more, lose one, and lose their key.
     copies : numpy.ndarray
@@ -68,6 +70,7 @@ class Change:
     """
 
     tables: TableChanges
+    held: np.ndarray | None = None
     claimed: np.ndarray = field(default_factory=lambda: _NO_PAGES)
     shared: np.ndarray = field(default_factory=lambda: _NO_PAGES)
     released: np.ndarray = field(default_factory=lambda: _NO_PAGES)
@@ -119,14 +122,15 @@ class HostTables:
         num_new = self._pages(lengths) - num_hits
         revived = shared[self.pool.refs[shared] == 0]
         revived = np.unique(revived) if len(revived) else revived
-        claimed = self._claim(int(num_new.sum()), int(lengths.sum()), len(rows), revived)
+        claimed = self._claim(num_new, lengths, revived)
         pages = claimed
         if len(shared):
             parts = np.split(claimed, np.cumsum(num_new)[:-1])
             pages = np.concatenate([part for both in zip(hits, parts, strict=True) for part in both])
         asked = lengths - num_hits * self.page_size
-        tables = TableChanges.pack(rows, lengths=lengths, tokens=asked, num_pages=num_hits + num_new, pages=pages)
-        return rows, Change(tables, claimed=claimed, shared=shared, alive=True)
+        held = num_hits + num_new
+        tables = TableChanges.pack(rows, lengths=lengths, tokens=asked, num_pages=held, pages=pages)
+        return rows, Change(tables, held=held, claimed=claimed, shared=shared, alive=True)
 
     def changes_to_grow(self, rows: np.ndarray, counts: np.ndarray | int) -> Change:
         """Append ``counts[i]`` tokens to ``rows[i]``, whose slots are asked for."""
@@ -171,7 +175,8 @@ class HostTables:
             pages=shared,
         )
         sealed = all_lengths % self.page_size != 0
-        return new_rows, Change(tables, shared=shared, released=released, sealed=sealed, alive=True)
+        held = np.concatenate([used[first], used])
+        return new_rows, Change(tables, held=held, shared=shared, released=released, sealed=sealed, alive=True)
 
     def changes_to_compact(self) -> Change | None:
         """Move pages with content to the front of the pool; None where they are there."""
@@ -203,8 +208,8 @@ class HostTables:
             self.alive[rows] = change.alive
         if change.sealed is not None:
             self.sealed[rows] = change.sealed
-        if len(change.claimed) or len(change.shared) or len(change.released):
-            self.pages_held[rows] = self._pages(np.maximum(self.seq_lens[rows], self.limits[rows]))
+        if change.held is not None:
+            self.pages_held[rows] = change.held
         if len(change.released):
             pool.release(change.released)
         if len(change.forgotten):
@@ -218,7 +223,7 @@ class HostTables:
         self.sealed[rows] = lengths % self.page_size != 0
 
     def changes_to_advance(self, num_rows: int, num_tokens: int, num_steps: int) -> np.ndarray:
-        """The rows of the first `num_rows` that `num_steps` steps of `num_tokens` tokens have advanced on the device."""
+        """Those of the first `num_rows` that `num_steps` steps of `num_tokens` tokens have advanced on the device."""
         lengths, limits = self.seq_lens[:num_rows].astype(np.int64), self.limits[:num_rows]
         rows = np.flatnonzero(lengths + num_tokens <= limits)
         room = (limits - lengths)[rows] // num_tokens
@@ -281,17 +286,19 @@ class HostTables:
         too_many = counts > room
         if too_many.any():
             i = int(np.argmax(too_many))
+            count = np.broadcast_to(counts, rows.shape)[i]
             raise ValueError(
-                f"num_tokens: got {np.broadcast_to(counts, rows.shape)[i]} for sequence {rows[i]}, expected at most {room[i]} "
+                f"num_tokens: got {count} for sequence {rows[i]}, expected at most {room[i]} "
                 f"(it holds {lengths[i]} of max_seq_len={self.max_seq_len} tokens)"
             )
 
-    def _claim(self, count: int, num_tokens: int, num_seqs: int, keep: np.ndarray = _NO_PAGES) -> np.ndarray:
-        """The next `count` pages, without those in `keep`."""
+    def _claim(self, num_new: np.ndarray, num_tokens: np.ndarray, keep: np.ndarray = _NO_PAGES) -> np.ndarray:
+        """The next ``sum(num_new)`` pages, without those in `keep`."""
+        count = int(num_new.sum())
         free = self.pool.num_free - len(keep)
         if count > free:
             raise OutOfPagesError(
-                f"out of pages: {num_tokens} tokens for {num_seqs} sequences need {count} more pages, "
+                f"out of pages: {num_tokens.sum()} tokens for {len(num_new)} sequences need {count} more pages, "
                 f"but {free} of {self.pool.num_pages} are free",
                 needed=count,
                 free=free,
@@ -309,23 +316,28 @@ class HostTables:
     ) -> Change:
         """`rows` of `before` tokens hold `lengths` from now on and pages for `room`; where `writes`, what follows
         `before` is going to be written."""
-        grown = self._pages(room) - self.pages_held.take(rows)
+        held = self._pages(room)
+        grown = held - self.pages_held.take(rows)
         sealed = self.sealed.take(rows) & writes
-        if not (grown.any() or sealed.any()):  # most decode steps
+        unseals = sealed.any()
+        if not (unseals or grown.any()):  # most decode steps
             return Change(TableChanges.pack(rows, lengths=lengths, tokens=tokens))
+        released = self._released(rows, grown) if grown.min() < 0 else _NO_PAGES
         num_new = np.maximum(grown, 0)
-        released, forgotten, copied = self._released(rows, grown), _NO_PAGES, _NO_PAGES
-        if sealed.any():
-            at = np.flatnonzero(sealed)
-            owners, copied, forgotten = self._unseal(rows[at], before[at])
-            num_new[at[owners]] += 1
-            released = np.concatenate([released, copied])
-        claimed = self._claim(int(num_new.sum()), int((room - before).sum()), len(rows))
-        begins = (np.cumsum(num_new) - num_new)[at[owners]] if len(copied) else _NO_PAGES
+        if not unseals:
+            claimed = self._claim(num_new, room - before)
+            tables = TableChanges.pack(rows, lengths=lengths, tokens=tokens, num_pages=num_new, pages=claimed)
+            return Change(tables, held=held, claimed=claimed, released=released)
+        at = np.flatnonzero(sealed)
+        owners, copied, forgotten = self._unseal(rows[at], before[at])
+        num_new[at[owners]] += 1
+        claimed = self._claim(num_new, room - before)
+        begins = (np.cumsum(num_new) - num_new)[at[owners]]
         return Change(
             TableChanges.pack(rows, lengths=lengths, tokens=tokens, num_pages=num_new, pages=claimed),
+            held=held,
             claimed=claimed,
-            released=released,
+            released=np.concatenate([released, copied]),
             forgotten=forgotten,
             copies=np.column_stack([copied, claimed[begins]]),
             sealed=self.sealed.take(rows) & np.logical_not(writes),
@@ -355,4 +367,4 @@ class HostTables:
 
 
 def _sealing(change: Change, sealed: np.ndarray, alive: bool | None = None) -> Change:
-    return Change(change.tables, released=change.released, sealed=sealed, alive=alive)
+    return replace(change, sealed=sealed, alive=alive)

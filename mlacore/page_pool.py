@@ -1,7 +1,8 @@
 """Who holds which page: reference counts, pages that are free, and pages that can be found again by their content.
 
 A page is *held* by one or more sequences, *cached* (nobody holds it, but its content can be found, so it is reused
-last) or *free*. Free and cached pages can both be claimed: free ones first, then cached ones, least recently used first.
+last) or *free*. Free and cached pages can both be claimed: free ones first, then cached ones, the least recently used
+first.
 """
 
 from __future__ import annotations

@@ -163,7 +163,11 @@ def fake_cupy() -> types.ModuleType:
     stream = FakeStream()
     module.ndarray = FakeGPUArray
     module.cuda = types.SimpleNamespace(
-        Device=Device, Stream=FakeStream, ExternalStream=FakeStream, get_current_stream=lambda device=-1: stream
+        runtime=types.SimpleNamespace(getDevice=lambda: 0),
+        Device=Device,
+        Stream=FakeStream,
+        ExternalStream=FakeStream,
+        get_current_stream=lambda device=-1: stream,
     )
     module.empty = lambda shape, dtype: np.empty(shape, dtype).view(FakeGPUArray)
     module.asarray = lambda array: np.array(array).view(FakeGPUArray)

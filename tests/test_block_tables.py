@@ -140,7 +140,7 @@ def test_cuda_kernel_equals_a_plain_loop(update):
 
 
 def test_slots_of_a_huge_pool_need_64_bits():
-    changes = TableChanges.pack(np.array([0]), lengths=3, tokens=3, num_pages=1, pages=[2**31 - 1])
+    changes = TableChanges.pack(np.array([0]), lengths=3, tokens=3, num_pages=np.array([1]), pages=[2**31 - 1])
     tables, where = np.zeros((1, 1), np.int32), np.empty((2, 3), np.int64)
     apply_changes_numpy(changes, tables, np.zeros(1, np.int32), np.zeros(1, np.int32), where, 64)
     assert where.tolist() == [[(2**31 - 1) * 64 + offset for offset in range(3)], [0, 1, 2]]
@@ -168,10 +168,10 @@ def test_changes_that_go_into_a_launch_by_value():
     def of(count: int, **fields: Any) -> int | None:
         return update_words(TableChanges.pack(np.arange(count), lengths=1, **fields))
 
-    assert of(128, tokens=1, num_pages=1, pages=np.zeros(128, np.int32)) == 960
+    assert of(128, tokens=1, num_pages=np.ones(128, int), pages=np.zeros(128, np.int32)) == 960
     assert of(160) == 960
     assert of(161) == 8128
-    assert of(1024, tokens=1, num_pages=1, pages=np.zeros(1024, np.int32)) == 8128
+    assert of(1024, tokens=1, num_pages=np.ones(1024, int), pages=np.zeros(1024, np.int32)) == 8128
     assert of(1355) is None
     assert update_words(TableChanges.pack(np.arange(1), lengths=1024, tokens=1024)) == 960
     assert update_words(TableChanges.pack(np.arange(1), lengths=1025, tokens=1025)) is None
@@ -304,7 +304,7 @@ if SIMULATED:
         np.testing.assert_array_equal(where, expected_where)
 
     def test_simulated_slots_of_a_huge_pool_need_64_bits():
-        changes = TableChanges.pack(np.array([0]), lengths=3, tokens=3, num_pages=1, pages=[2**31 - 1])
+        changes = TableChanges.pack(np.array([0]), lengths=3, tokens=3, num_pages=np.array([1]), pages=[2**31 - 1])
         where = np.empty((2, 3), np.int64)
         launch(changes, np.zeros((1, 1), np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), where, 64)
         assert where[0].tolist() == [(2**31 - 1) * 64 + offset for offset in range(3)]
@@ -314,7 +314,7 @@ if SIMULATED:
         monkeypatch.setattr(block_tables, "THREADS_PER_BLOCK", 32)
         monkeypatch.setattr(block_tables, "MIN_BLOCKS", 6)
         changes = TableChanges.pack(
-            np.array([1, 0]), lengths=[40, 1], tokens=[40, 1], num_pages=[20, 1], pages=np.arange(21)[::-1]
+            np.array([1, 0]), lengths=[40, 1], tokens=[40, 1], num_pages=np.array([20, 1]), pages=np.arange(21)[::-1]
         )
         assert_same_results(changes, np.full((2, 20), -1, np.int32), page_size=2)
 

@@ -213,7 +213,7 @@ def test_write_skips_slots_outside_the_pool():
     cache.pool[:] = -1
     before = cache.pool.copy()
     ckv, kpe = latents(cache, range(4))
-    cache.write(NewTokens(np.array([[-1, 5, -5, 12 * 4], [0] * 4]), 1), ckv, kpe)
+    cache.write(NewTokens(np.array([[-1, 5, -5, 12 * 4], [0] * 4]), None), ckv, kpe)
     np.testing.assert_array_equal(cache.pool[1, 1, 0], np.concatenate([ckv[1], kpe[1]]))
     cache.pool[1, 1] = -1
     np.testing.assert_array_equal(cache.pool, before)

@@ -256,7 +256,7 @@ BAD_CALLS = {
     ),
     "stream for NumPy": (lambda c: c.extend([0], 1, stream=7), TypeError, "stream: got int, expected None"),
     "rows of other tokens": (
-        lambda c: c.write(NewTokens(np.zeros((2, 2), np.int64), 1), *rows_of(1)),
+        lambda c: c.write(NewTokens(np.zeros((2, 2), np.int64), None), *rows_of(1)),
         ValueError,
         r"ckv: got shape \(1, 16\), .* num_tokens=2 \(from tokens\)",
     ),

@@ -17,7 +17,7 @@ from mlacore.cache import PagedKVCache
 def busy() -> PagedKVCache:
     """Two layers; sequence 1 has a fork, sequence 0 is gone but findable, pages lie in no order."""
     cache = make_cache(num_layers=2, dtype="bfloat16")
-    seqs, _, tokens = cache.create(3, num_tokens=[8, 6, 5])
+    tokens = cache.create(3, num_tokens=[8, 6, 5]).tokens
     for layer in range(2):
         cache.write(tokens, *latents(cache, range(19), layer), layer=layer)
     cache.publish(0, range(8))

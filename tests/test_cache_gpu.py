@@ -176,7 +176,7 @@ def test_a_gpu_of_another_kind_is_named(monkeypatch):
     st.sampled_from([0, 1024]),
 )
 def test_random_operations_match_plain_lists_on_gpu(page_size, ops, num_pages, dtype, pool, longest):
-    """80 examples of about 24 operations and 5 page sizes: some 10,000. `longest` 0 sends most updates through Numba."""
+    """80 examples of about 24 operations, 5 page sizes: some 10,000. `longest` 0 sends most updates through Numba."""
     options = {"num_layers": pool[0], "interleaved": pool[1], "dtype": dtype, "device": "cuda"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_kernels, "UPDATE_LONGEST", longest)

@@ -1,4 +1,4 @@
-"""Pages that are found again by the ids of their tokens: what is shared, for how long, and what a key must tell apart."""
+"""Pages that are found again by the ids of their tokens: what is shared, for how long, what a key must tell apart."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_keys_tell_all_tokens_apart_and_stay_the_same_in_other_processes():
     assert list(prefix_keys(ids[::-1][::-1], 16)) == keys
     assert next(prefix_keys(ids, 32)) not in keys
     assert list(prefix_keys(ids[:15], 16)) == []
-    code = "import numpy as np; from mlacore.page_pool import prefix_keys; print(next(prefix_keys(np.arange(16), 16)).hex())"
+    code = "import numpy, mlacore.page_pool as p; print(next(p.prefix_keys(numpy.arange(16), 16)).hex())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == keys[0].hex()
 
