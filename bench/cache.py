@@ -1,6 +1,6 @@
 """Measure the paged cache: what it costs to append, to update block tables, to gather, and the host's bookkeeping.
 
-``python -m bench.cache`` prints one table, writes ``bench/results/cache-<device>-<date>.json`` and fills the README's
+``python -m bench.cache`` prints one table, writes ``bench/results/cache/<device>-<date>.json`` and fills the README's
 section from the newest such file. Without a Hopper GPU it measures the host's part alone. On a GPU, times are
 CUDA-graph replays; an append is held against a kernel that copies the same bytes from one contiguous array to another.
 """
@@ -27,7 +27,7 @@ from mlacore.cache_layout import PLAIN
 from mlacore.params import HEAD_DIM_QK, KV_LORA_RANK, PAGE_SIZE, PAGE_SIZES, QK_ROPE_HEAD_DIM
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
+RESULTS = ROOT / "bench" / "results" / "cache"
 MARKERS = "<!-- bench:cache -->\n", "<!-- /bench:cache -->"
 BATCH = 128
 TABLE_SEQS = 1024
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "device": device_label(bool(gpus)),
             "rows": host_rows() + (gpu_rows() if gpus else []),
         }
-        RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^a-z0-9]+", "-", str(result["device"]).lower()).strip("-")
-        (RESULTS / f"cache-{name}-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / f"{name}-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(table(result))
     write_readme(ROOT / "README.md", newest(RESULTS))
     return 0
@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def newest(folder: Path) -> dict[str, Any]:
     """The latest result, one of a GPU before one without."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("cache-*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     if not results:
-        raise SystemExit(f"{folder}: no cache-*.json; run python -m bench.cache first")
+        raise SystemExit(f"{folder}: no result; run python -m bench.cache first")
     return max(results, key=lambda result: (any(row["where"] == "GPU" for row in result["rows"]), result["date"]))
 
 

@@ -39,10 +39,10 @@ def test_section_is_replaced_and_nothing_else(tmp_path):
 
 
 def test_newest_prefers_a_gpu(tmp_path):
-    with pytest.raises(SystemExit, match="run python -m bench.cache first"):
+    with pytest.raises(SystemExit, match=r"run python -m bench\.cache first"):
         bench.newest(tmp_path)
     on_cpu = RESULT | {"date": "2026-09-09", "device": "CPU", "rows": RESULT["rows"][1:]}
-    for name, result in (("cache-a.json", on_cpu), ("cache-b.json", RESULT)):
+    for name, result in (("a.json", on_cpu), ("b.json", RESULT)):
         (tmp_path / name).write_text(json.dumps(result))
     assert bench.newest(tmp_path) == RESULT
 
