@@ -366,7 +366,7 @@ class PagedKVCache(CacheState):
         ckv, kpe = cache_checks.check_values(ckv, kpe, self.layout, dims, ("num_tokens",), stream, empty=empty)
         transform = cache_checks.check_transform(
             self.layout,
-            tokens.end,
+            tokens.end if rope_cos is not None else 0,
             stream,
             norm_weight=norm_weight,
             norm_eps=norm_eps,

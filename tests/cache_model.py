@@ -61,7 +61,12 @@ def contents(cache: PagedKVCache, seq: int, layer: int = 0) -> np.ndarray:
     """A sequence's rows, read the way attention does: through the mirrors."""
     length = int(on_host(cache.cache_seqlens)[seq])
     pages = on_host(cache.block_table)[seq, : -(-length // cache.page_size)]
-    rows = on_host(cache.layers[layer])[pages]
+    rows = cache.layers[layer]
+    if cache.device is not None:  # picked on the device, as bits
+        index = arrays.import_cupy().asarray(pages)
+        rows = on_host(rows.view(np.uint16)[index]).view(cache.dtype)
+    else:
+        rows = rows[pages]
     return rows.reshape(-1, cache.kv_lora_rank + cache.qk_rope_head_dim)[:length]
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from cache_model import Model, contents, histories, latents, operations, rows_of, snapshot, token_rows
@@ -234,3 +239,47 @@ def test_host_arrays_are_refused_on_a_real_gpu():
         cache.append(seqs, *rows_of(1, rank=512, rope=64, dtype=np.float16), num_tokens=1)
     cache.check_integrity()
     assert cache.num_free_pages == 4
+
+
+SANITIZED = """
+import cupy
+import numpy as np
+from mlacore import PagedKVCache
+cupy.cuda.set_allocator(None)  # an allocation each, so that one byte past any of them shows
+for dtype, page_size, layers in (("bfloat16", 16, None), ("float16", 256, 2), ("bfloat16", 64, 3)):
+    cache = PagedKVCache(19, page_size, max_seqs=7, max_seq_len=5 * page_size, dtype=dtype, num_layers=layers)
+    seqs, _, tokens = cache.create(3, num_tokens=[5 * page_size, 2 * page_size - 3, 1])
+    rows = cupy.ones((len(tokens), 584), cache.dtype)
+    table = cupy.ones((5 * page_size, 32), np.float32)
+    options = {"norm_weight": rows[0, :512], "rope_cos": table, "rope_sin": table}
+    count = len(cache.layers)
+    for layer in range(count):
+        cache.write(tokens, rows[:, :512], rows[:, 520:], layer=layer)
+        cache.write(tokens, rows[:, :512], rows[:, 520:], layer=layer, **options)
+        cache.write(tokens, rows[:, :512], rows[:, 520:], layer=layer, rope_interleaved=False, **options)
+    (child,) = cache.fork(seqs[1:2])
+    cache.extend([child], 1)
+    cache.reserve([child, seqs[2]], [2, page_size])
+    step = cache.step_tokens()
+    for _ in range(page_size + 2):
+        cache.advance(step)
+        for layer in range(count):
+            cache.write(step, rows[:7, :512], rows[:7, 520:], layer=layer, **options)
+    cache.free(seqs[:1])
+    cache.compact()
+    for layer in range(count):
+        cache.gather(seqs[1:], layer=layer)
+cupy.cuda.Device().synchronize()
+"""
+
+
+@pytest.mark.gpu
+def test_memcheck_is_clean():
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer on the PATH")
+    options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    command = [sanitizer, *options, sys.executable, "-c", SANITIZED]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

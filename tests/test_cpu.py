@@ -63,6 +63,31 @@ def test_grid(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("page_size", [16, 32, 128, 256])
+@pytest.mark.parametrize("case", TINY, ids=by_id)
+def test_page_sizes_give_the_same_bits(case: Case, page_size: int) -> None:
+    inputs = make_inputs(case)
+    in_pages = repaged(inputs, page_size)
+    assert_same_bits(run(case, in_pages), run(case, inputs))
+    check(case, in_pages)
+
+
+def repaged(inputs: Inputs, page_size: int) -> Inputs:
+    """The same sequences in pages of another size, NaN where there is no token."""
+    _, _, *row = inputs.kv_cache.shape
+    counts = [-(-int(length) // page_size) for length in inputs.cache_seqlens]
+    pool = np.full((sum(counts) + 1, page_size, *row), np.nan, inputs.kv_cache.dtype)
+    pages = np.random.default_rng(0).permutation(sum(counts)).astype(np.int32)
+    table = np.full((len(counts), max(counts) + 1), 2147480000, np.int32)
+    for b, (length, count) in enumerate(zip(inputs.cache_seqlens.tolist(), counts, strict=True)):
+        table[b, :count], pages = pages[:count], pages[count:]
+        tokens = inputs.kv_cache[inputs.block_table[b, : -(-length // 64)]].reshape(-1, *row)[:length]
+        padded = np.full((count * page_size, *row), np.nan, pool.dtype)
+        padded[:length] = tokens
+        pool[table[b, :count]] = padded.reshape(count, page_size, *row)
+    return inputs._replace(kv_cache=pool, block_table=table)
+
+
 @pytest.mark.parametrize("case", [dataclasses.replace(c, dtype=dtype) for dtype in DTYPES for c in TINY], ids=by_id)
 def test_tiny(case: Case) -> None:
     check(case)

@@ -82,7 +82,7 @@ def test_sources_do_not_shadow_the_cuda_namespace():
 
 
 @pytest.mark.parametrize(
-    "target", ["install", "demo", "test", "test-gpu", "compile", "bench", "table", "lint", "format"]
+    "target", ["install", "demo", "test", "test-gpu", "compile", "bench", "bench-cache", "table", "lint", "format"]
 )
 def test_no_target_installs_into_an_existing_interpreter(target):
     plan = run("make", "--dry-run", target, f"PYTHON={sys.executable}", "VENV=")
