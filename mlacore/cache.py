@@ -478,8 +478,8 @@ class PagedKVCache(CacheState):
         return len(change.copies)
 
     @classmethod
-    def load(cls, path: Any, **options: Any) -> PagedKVCache:
-        """The cache that `save` wrote, on any device; see `mlacore.cache_files.load` for the options."""
+    def load(cls, source: Any, **options: Any) -> PagedKVCache:
+        """The cache that `save` wrote or `to_numpy` gave, on any device; `mlacore.cache_files.load` has the options."""
         from mlacore import cache_files
 
-        return cache_files.load(cls, path, **options)
+        return cache_files.load(cls, source, **options)

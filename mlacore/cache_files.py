@@ -1,6 +1,6 @@
-"""A cache in a file: parked here, resumed on another machine, another GPU or the CPU backend.
+"""A cache in host memory or in a file: parked here, resumed on another machine, another GPU or the CPU backend.
 
-The file is NumPy's ``.npz``, read without pickle:
+It is a set of NumPy arrays; the file is NumPy's ``.npz``, read without pickle:
 
     config                     JSON: the constructor's options
     seqs, seq_lens             int32 [n]: sequences, and their tokens
@@ -15,6 +15,7 @@ Reservations are not kept.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -30,16 +31,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def save(cache: CacheState, path: Any) -> None:
-    """Write `cache` to `path`, a name or a binary file. On a GPU this waits for the device.
-
-    Parameters
-    ----------
-    cache : PagedKVCache
-        Which.
-    path : str, path or file
-        A name gets the ending ``.npz`` if it has none.
-    """
+def to_numpy(cache: CacheState) -> dict[str, np.ndarray]:
+    """All that `load` needs, as host arrays. On a GPU this waits for the device."""
     layout, books = cache.layout, cache._host
     seqs = np.flatnonzero(books.alive)
     num_pages = -(-books.seq_lens[seqs] // layout.page_size)
@@ -61,22 +54,21 @@ def save(cache: CacheState, path: Any) -> None:
         "max_seqs": cache.max_seqs,
         "max_seq_len": cache.max_seq_len,
     }
-    np.savez(
-        path,
-        config=np.array(json.dumps(config)),
-        seqs=seqs.astype(np.int32),
-        seq_lens=books.seq_lens[seqs],
-        num_pages=num_pages.astype(np.int32),
-        block_table=np.searchsorted(kept, listed).astype(np.int32),
-        pages=pages.view(np.uint16) if layout.dtype.itemsize == 2 else pages,
-        found_pages=np.searchsorted(kept, found_pages).astype(np.int32),
-        found_keys=found_keys,
-    )
+    return {
+        "config": np.array(json.dumps(config)),
+        "seqs": seqs.astype(np.int32),
+        "seq_lens": books.seq_lens[seqs],
+        "num_pages": num_pages.astype(np.int32),
+        "block_table": np.searchsorted(kept, listed).astype(np.int32),
+        "pages": pages.view(np.uint16) if layout.dtype.itemsize == 2 else pages,
+        "found_pages": np.searchsorted(kept, found_pages).astype(np.int32),
+        "found_keys": found_keys,
+    }
 
 
 def load(
     kind: type[Cache],
-    path: Any,
+    source: Any,
     *,
     device: int | str | None = None,
     num_pages: int | None = None,
@@ -88,8 +80,8 @@ def load(
     ----------
     kind : type
         `PagedKVCache`.
-    path : str, path or binary file
-        From `save`.
+    source : str, path, binary file or dict of arrays
+        From `save`, or from `to_numpy`.
     device : int or str, optional
         As for `PagedKVCache`.
     num_pages : int, optional
@@ -102,13 +94,16 @@ def load(
     ValueError
         If the file is not of this format, or its pages do not fit.
     """
-    with np.load(path, allow_pickle=False) as file:
-        if "config" not in file:
-            raise ValueError(f"path: got {path!r} without a config, expected a file written by PagedKVCache.save")
-        config = json.loads(str(file["config"]))
-        data = {name: file[name] for name in file.files if name != "config"}
+    if isinstance(source, Mapping):
+        data = dict(source)
+    else:
+        with np.load(source, allow_pickle=False) as file:
+            data = dict(file)
+    if "config" not in data:
+        raise ValueError(f"source: got {', '.join(data)} without a config, expected what PagedKVCache.save wrote")
+    config = json.loads(str(data["config"]))
     if config.pop("format", None) != FORMAT:
-        raise ValueError(f"path: got a file of another format, expected format {FORMAT}")
+        raise ValueError(f"source: got another format, expected format {FORMAT}")
     pages = data["pages"].view(arrays.as_dtype(config["dtype"]))
     options = {"num_pages": num_pages, "interleaved": interleaved, "device": device}
     config |= {name: value for name, value in options.items() if value is not None}

@@ -142,11 +142,16 @@ class CacheState:
             tables = self._store.tables()
         self._host.check_integrity(*tables)
 
-    def save(self, path: Any) -> None:
-        """Write all sequences, and the pages that can be found, to a file; see `mlacore.cache_files`."""
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """All sequences, and the pages that can be found, as host arrays for `load`; see `mlacore.cache_files`."""
         from mlacore import cache_files
 
-        cache_files.save(self, path)
+        return cache_files.to_numpy(self)
+
+    def save(self, path: Any) -> None:
+        """Write `to_numpy` to a file: a name, which gets the ending ``.npz`` if it has none, or a binary file."""
+        content: dict[str, Any] = self.to_numpy()
+        np.savez(path, **content)
 
     def __repr__(self) -> str:
         layout = self.layout

@@ -64,6 +64,16 @@ def test_a_smaller_pool_and_another_order(busy):
         PagedKVCache.load(file, device="cpu", num_pages=5)
 
 
+def test_host_memory_instead_of_a_file(busy):
+    arrays_ = busy.to_numpy()
+    assert all(type(array) is np.ndarray for array in arrays_.values())
+    loaded = PagedKVCache.load(arrays_, device="cpu")
+    assert_same_contents(loaded, busy)
+    busy.extend([1], 1)
+    busy.pool[...] = 0  # nothing is shared with the cache it came from
+    assert_same_contents(PagedKVCache.load(arrays_, device="cpu"), loaded)
+
+
 def test_an_empty_cache():
     file = io.BytesIO()
     make_cache().save(file)
@@ -75,10 +85,10 @@ def test_an_empty_cache():
 
 def test_another_file_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    with pytest.raises(ValueError, match=r"expected a file written by PagedKVCache\.save"):
+    with pytest.raises(ValueError, match=r"source: got a without a config, expected what PagedKVCache\.save wrote"):
         PagedKVCache.load(tmp_path / "other.npz")
     np.savez(tmp_path / "later.npz", config=np.array('{"format": 2}'))
-    with pytest.raises(ValueError, match="got a file of another format, expected format 1"):
+    with pytest.raises(ValueError, match="got another format, expected format 1"):
         PagedKVCache.load(tmp_path / "later.npz")
 
 
