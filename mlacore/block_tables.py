@@ -61,9 +61,17 @@ class TableChanges:
 
     @classmethod
     def pack(
-        cls, seqs: np.ndarray, *, lengths: Any, tokens: Any = 0, num_pages: np.ndarray | None = None, pages: Any = ()
+        cls,
+        seqs: np.ndarray,
+        *,
+        lengths: Any,
+        tokens: Any = 0,
+        num_pages: np.ndarray | None = None,
+        pages: Any = (),
+        some: np.ndarray | None = None,
     ) -> TableChanges:
         """Pack `[n]` values per field, or one for all; `pages` are the new pages of all records, one after the other.
+        With `some`, `num_pages` is that of these records, at least 1, and of the others 0.
 
         The tokens asked for must lie in pages that the row holds already or gets here.
         """
@@ -87,15 +95,13 @@ class TableChanges:
             records[NUM_PAGES:] = 0
             return cls(packed, n, total, longest, reserves)
         packed[n * NUM_FIELDS :] = pages
-        records[NUM_PAGES] = num_pages
-        pages_at = records[PAGES_AT]
-        pages_at[:] = n * NUM_FIELDS
-        some = num_pages.nonzero()[0]
-        if len(some) == len(pages):  # of a batch that decodes, few rows begin a page
-            pages_at[some] += np.arange(len(some), dtype=np.int32)
-            longest = max(longest, min(1, len(some)))
-        else:
-            pages_at += np.cumsum(num_pages) - num_pages
+        if some is None:
+            some = num_pages.nonzero()[0]
+            num_pages = num_pages.take(some)
+        records[NUM_PAGES:] = 0
+        if len(some):
+            records[NUM_PAGES][some] = num_pages
+            records[PAGES_AT][some] = np.cumsum(num_pages) - num_pages + n * NUM_FIELDS
             longest = max(longest, int(num_pages.max()))
         return cls(packed, n, total, longest, reserves)
 

@@ -15,6 +15,7 @@ from mlacore.block_tables import SEQ, TableChanges, apply_changes_numpy, spread
 from mlacore.page_pool import PagePool
 
 _NO_PAGE = -1  # fills unused entries: no kernel reads them, and one that did would find no page
+_INT32_MAX = 2**31 - 1
 _NO_PAGES = np.empty(0, np.int32)
 _NO_COPIES = np.empty((0, 2), np.int32)
 
@@ -55,8 +56,8 @@ class Change:
     ----------
     tables : TableChanges
         Of rows.
-    held : numpy.ndarray or None
-        Pages of each row of `tables` from now on; None leaves them as many as they are.
+    held : pair of numpy.ndarray or None
+        Rows, and how many pages each of them holds from now on.
     claimed, shared, released, forgotten : numpy.ndarray
         int32 pages that get their first holder, get one more, lose one, and lose their key.
     copies : numpy.ndarray
@@ -70,7 +71,7 @@ class Change:
     """
 
     tables: TableChanges
-    held: np.ndarray | None = None
+    held: tuple[np.ndarray, np.ndarray] | None = None
     claimed: np.ndarray = field(default_factory=lambda: _NO_PAGES)
     shared: np.ndarray = field(default_factory=lambda: _NO_PAGES)
     released: np.ndarray = field(default_factory=lambda: _NO_PAGES)
@@ -130,10 +131,12 @@ class HostTables:
         asked = lengths - num_hits * self.page_size
         held = num_hits + num_new
         tables = TableChanges.pack(rows, lengths=lengths, tokens=asked, num_pages=held, pages=pages)
-        return rows, Change(tables, held=held, claimed=claimed, shared=shared, alive=True)
+        return rows, Change(tables, held=(rows, held), claimed=claimed, shared=shared, alive=True)
 
     def changes_to_grow(self, rows: np.ndarray, counts: np.ndarray | int) -> Change:
         """Append ``counts[i]`` tokens to ``rows[i]``, whose slots are asked for."""
+        if isinstance(counts, int) and (change := self._decode_step(rows, counts)) is not None:
+            return change
         lengths = self.seq_lens.take(rows)
         self._check_room(rows, counts, lengths)
         grown = lengths + counts
@@ -168,14 +171,15 @@ class HostTables:
         kept = lengths[first]
         released = self._released(parents, used[first] - self.pages_held.take(parents))
         all_lengths = np.concatenate([kept, lengths])
+        all_rows = np.concatenate([parents, new_rows])
         tables = TableChanges.pack(
-            np.concatenate([parents, new_rows]),
+            all_rows,
             lengths=all_lengths,
             num_pages=np.concatenate([np.zeros(len(parents), np.int64), used]),
             pages=shared,
         )
         sealed = all_lengths % self.page_size != 0
-        held = np.concatenate([used[first], used])
+        held = all_rows, np.concatenate([used[first], used])
         return new_rows, Change(tables, held=held, shared=shared, released=released, sealed=sealed, alive=True)
 
     def changes_to_compact(self) -> Change | None:
@@ -209,7 +213,7 @@ class HostTables:
         if change.sealed is not None:
             self.sealed[rows] = change.sealed
         if change.held is not None:
-            self.pages_held[rows] = change.held
+            self.pages_held[change.held[0]] = change.held[1]
         if len(change.released):
             pool.release(change.released)
         if len(change.forgotten):
@@ -298,7 +302,7 @@ class HostTables:
         free = self.pool.num_free - len(keep)
         if count > free:
             raise OutOfPagesError(
-                f"out of pages: {num_tokens.sum()} tokens for {len(num_new)} sequences need {count} more pages, "
+                f"out of pages: {num_tokens.sum()} tokens for {len(num_tokens)} sequences need {count} more pages, "
                 f"but {free} of {self.pool.num_pages} are free",
                 needed=count,
                 free=free,
@@ -327,7 +331,7 @@ class HostTables:
         if not unseals:
             claimed = self._claim(num_new, room - before)
             tables = TableChanges.pack(rows, lengths=lengths, tokens=tokens, num_pages=num_new, pages=claimed)
-            return Change(tables, held=held, claimed=claimed, released=released)
+            return Change(tables, held=(rows, held), claimed=claimed, released=released)
         at = np.flatnonzero(sealed)
         owners, copied, forgotten = self._unseal(rows[at], before[at])
         num_new[at[owners]] += 1
@@ -335,13 +339,31 @@ class HostTables:
         begins = (np.cumsum(num_new) - num_new)[at[owners]]
         return Change(
             TableChanges.pack(rows, lengths=lengths, tokens=tokens, num_pages=num_new, pages=claimed),
-            held=held,
+            held=(rows, held),
             claimed=claimed,
             released=np.concatenate([released, copied]),
             forgotten=forgotten,
             copies=np.column_stack([copied, claimed[begins]]),
             sealed=self.sealed.take(rows) & np.logical_not(writes),
         )
+
+    def _decode_step(self, rows: np.ndarray, count: int) -> Change | None:
+        """`changes_to_grow` for what decoding asks for step after step: a few tokens for each row, few of which begin a
+        page; None where there is more to look at. It takes two thirds of the time."""
+        if not len(rows) or not 0 < count <= _INT32_MAX - self.max_seq_len:
+            return None
+        grown = self.seq_lens.take(rows) + np.int32(count)
+        if grown.max() > self.max_seq_len or self.sealed.take(rows).any() or self.limits.take(rows).any():
+            return None
+        held = self.pages_held.take(rows)
+        begin = (held * self.page_size < grown).nonzero()[0]
+        if not len(begin):
+            return Change(TableChanges.pack(rows, lengths=grown, tokens=count))
+        new_held = self._pages(grown.take(begin))
+        num_new = new_held - held.take(begin)
+        claimed = self._claim(num_new, np.full(len(rows), count))
+        tables = TableChanges.pack(rows, lengths=grown, tokens=count, num_pages=num_new, pages=claimed, some=begin)
+        return Change(tables, held=(rows.take(begin), new_held), claimed=claimed)
 
     def _released(self, rows: np.ndarray, grown: np.ndarray) -> np.ndarray:
         """The last ``-grown[i]`` pages of ``rows[i]``, where there are any. Reversed, so that the deepest is reused
