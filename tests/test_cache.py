@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,32 +15,28 @@ from mlacore import arrays
 from mlacore.cache import PagedKVCache
 from mlacore.cache_layout import NewTokens
 
-NUM_OPERATIONS = Counter()  # done by the test below, for the one after it
 
-POOLS = st.sampled_from([(None, False), (None, False), (1, True), (2, False), (3, True)])
+def test_ten_thousand_random_operations_match_plain_lists():
+    count = 0
 
+    @settings(max_examples=500)
+    @given(
+        operations(longest=14, max_size=30, min_size=15),
+        st.integers(1, 30),
+        st.integers(1, 9),
+        st.integers(1, 60),
+        st.sampled_from(["bfloat16", "float16", "float32"]),
+        st.sampled_from([(None, False), (None, False), (1, True), (2, False), (3, True)]),
+    )
+    def run(ops, num_pages, page_size, max_seq_len, dtype, layers):
+        nonlocal count
+        options = {"max_seq_len": max_seq_len, "dtype": dtype, "num_layers": layers[0], "interleaved": layers[1]}
+        model = Model(make_cache(num_pages, page_size, **options))
+        model.run(ops)
+        count += model.num_operations
 
-@settings(max_examples=500)
-@given(
-    operations(longest=14, max_size=30, min_size=15),
-    st.integers(1, 30),
-    st.integers(1, 9),
-    st.integers(1, 60),
-    st.sampled_from(["bfloat16", "float16", "float32"]),
-    POOLS,
-)
-def test_random_operations_match_plain_lists(ops, num_pages, page_size, max_seq_len, dtype, pool):
-    num_layers, interleaved = pool
-    options = {"max_seq_len": max_seq_len, "dtype": dtype, "num_layers": num_layers, "interleaved": interleaved}
-    model = Model(make_cache(num_pages, page_size, **options))
-    model.run(ops)
-    NUM_OPERATIONS["cpu"] += model.num_operations
-
-
-def test_those_were_ten_thousand_operations():
-    if not NUM_OPERATIONS:
-        pytest.skip("the test before did not run in this process")
-    assert NUM_OPERATIONS["cpu"] >= 10_000
+    run()
+    assert count >= 10_000
 
 
 def test_slots_are_page_times_page_size_plus_offset():
