@@ -118,10 +118,10 @@ def host_rows() -> list[dict[str, Any]]:
         cache.free(cache.create(num_seqs, num_tokens=num_tokens).seqs)
 
     rows = []
-    for num_seqs, num_tokens in ((64, 4096), (128, 64)):
+    for num_seqs, num_tokens in ((1, 4096), (64, 4096), (128, 64)):
         pages = num_seqs * -(-num_tokens // PAGE_SIZE)
         seconds = clock(functools.partial(create_and_free, num_seqs, num_tokens))
-        what = f"create and free, {num_seqs} prompts of {num_tokens:,} tokens"
+        what = f"create and free, {num_seqs} prompt{'s' * (num_seqs > 1)} of {num_tokens:,} tokens at once"
         rows.append(row("host", what, pages / seconds / 1e3, "K pages/s", "target: 200 at least"))
     ids = rng.integers(0, 100_000, 4096)
     seq = int(cache.create(1, num_tokens=4096).seqs[0])

@@ -458,8 +458,7 @@ class PagedKVCache(CacheState):
         """
         tokens = cache_checks.check_step(tokens, self.layout)
         num_steps = shapes.check_count("num_steps", num_steps, minimum=0)
-        rows = self._host.changes_to_advance(tokens.num_seqs, tokens.num_tokens, num_steps)
-        self._host.seq_lens[rows] += tokens.num_tokens * num_steps
+        self._host.advance(tokens.num_seqs, tokens.num_tokens, num_steps)
 
     def compact(self, *, stream: Any = None) -> int:
         """Move pages so that those with content, held or findable, are the first of the pool. Sequences keep theirs

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlacore.block_tables import spread
 from mlacore.host_tables import HostTables
 
 
@@ -54,11 +55,11 @@ def measure(books: HostTables, nbytes: int, lookups: int, hits: int) -> CacheSta
     """`CacheStats` of `books`, for a pool of `nbytes`."""
     pool, page_size = books.pool, books.page_size
     held = int(np.count_nonzero(pool.refs))
-    in_use = np.arange(books.table.shape[1]) < books.pages_held[:, None]
     # Tokens of every page in every row; where rows share a page, the fullest row counts.
-    filled = np.clip(books.seq_lens[:, None] - np.arange(books.table.shape[1]) * page_size, 0, page_size)
+    row, column = spread(books.pages_held)
+    filled = np.clip(books.seq_lens[row] - column * page_size, 0, page_size)
     tokens_in = np.zeros(pool.num_pages, np.int64)
-    np.maximum.at(tokens_in, books.table[in_use], filled[in_use])
+    np.maximum.at(tokens_in, books.table[row, column], filled)
     return CacheStats(
         num_pages=pool.num_pages,
         free=pool.num_free - pool.num_cached,

@@ -226,8 +226,8 @@ class HostTables:
         self.alive[rows], self.seq_lens[rows], self.pages_held[rows] = True, lengths, num_pages
         self.sealed[rows] = lengths % self.page_size != 0
 
-    def changes_to_advance(self, num_rows: int, num_tokens: int, num_steps: int) -> np.ndarray:
-        """Those of the first `num_rows` that `num_steps` steps of `num_tokens` tokens have advanced on the device."""
+    def advance(self, num_rows: int, num_tokens: int, num_steps: int) -> None:
+        """Follow the device, which has made `num_steps` steps of `num_tokens` tokens with the first `num_rows` rows."""
         lengths, limits = self.seq_lens[:num_rows].astype(np.int64), self.limits[:num_rows]
         rows = np.flatnonzero(lengths + num_tokens <= limits)
         room = (limits - lengths)[rows] // num_tokens
@@ -237,7 +237,7 @@ class HostTables:
                 f"num_steps: got {num_steps}, expected at most {room[i]} (from reserve: sequence {rows[i]} holds "
                 f"{lengths[rows[i]]} tokens and may grow to {limits[rows[i]]}, {num_tokens} a step)"
             )
-        return rows
+        self.seq_lens[rows] += num_tokens * num_steps
 
     # ---- proof -----------------------------------------------------------------------------------------------------
 
