@@ -84,7 +84,7 @@ class TableChanges:
         if isinstance(tokens, int):
             longest, reserves = max(tokens, 0) if n else 0, tokens < 0
             total = longest * n
-            records[SLOTS_AT] = np.arange(n) * longest
+            records[SLOTS_AT] = _even_slots(n, longest)
         else:
             asked = np.maximum(records[TOKENS], 0)
             ends = np.cumsum(asked)
@@ -99,7 +99,11 @@ class TableChanges:
             some = num_pages.nonzero()[0]
             num_pages = num_pages.take(some)
         records[NUM_PAGES:] = 0
-        if len(some):
+        if 0 < len(some) == len(pages):  # one each, as in most decode steps
+            records[NUM_PAGES][some] = 1
+            records[PAGES_AT][some] = np.arange(n * NUM_FIELDS, n * NUM_FIELDS + len(some))
+            longest = max(longest, 1)
+        elif len(some):
             records[NUM_PAGES][some] = num_pages
             records[PAGES_AT][some] = np.cumsum(num_pages) - num_pages + n * NUM_FIELDS
             longest = max(longest, int(num_pages.max()))
@@ -109,6 +113,11 @@ class TableChanges:
     def records(self) -> np.ndarray:
         """int32 ``[NUM_FIELDS, num_changes]``, a view."""
         return self.packed[: self.num_changes * NUM_FIELDS].reshape(NUM_FIELDS, self.num_changes)
+
+
+@functools.lru_cache(maxsize=16)
+def _even_slots(num_changes: int, each: int) -> np.ndarray:
+    return np.arange(num_changes, dtype=np.int32) * each
 
 
 def apply_changes_numpy(

@@ -221,14 +221,14 @@ class PagedKVCache(CacheState):
             If a length is negative or larger than the sequence's.
         """
         stream = self._stream(stream)
-        rows = cache_checks.check_seqs(seqs, self._host.alive)
+        rows = self._live(seqs)
         kept = cache_checks.check_lengths(rows, lengths, self._host.seq_lens)
         self._update(self._host.changes_to_truncate(rows, kept), stream)
 
     def free(self, seqs: Integers, *, stream: Any = None) -> None:
         """End sequences. Their rows, and the pages that no other sequence holds, are free for the next call."""
         stream = self._stream(stream)
-        rows = cache_checks.check_seqs(seqs, self._host.alive)
+        rows = self._live(seqs)
         self._update(self._host.changes_to_clear(rows), stream)
 
     # ---- new tokens ------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class PagedKVCache(CacheState):
             raise ValueError(
                 f"append: got a cache of {self.layout.num_layers} layers, expected one layer (extend, then write each)"
             )
-        rows = cache_checks.check_seqs(seqs, self._host.alive)
+        rows = self._live(seqs)
         dims = self.layout.dims()
         counts, total, leading = cache_checks.bind_tokens(dims, rows, ckv, num_tokens)
         ckv, kpe = cache_checks.check_values(ckv, kpe, self.layout, dims, leading, stream, empty=total == 0)
@@ -307,7 +307,7 @@ class PagedKVCache(CacheState):
             If fewer pages are free than needed.
         """
         stream = self._stream(stream)
-        rows = cache_checks.check_seqs(seqs, self._host.alive)
+        rows = self._live(seqs)
         change = self._host.changes_to_grow(rows, cache_checks.check_counts(rows, num_tokens))
         return self._update(change, stream)
 
@@ -399,7 +399,7 @@ class PagedKVCache(CacheState):
             As `extend`.
         """
         stream = self._stream(stream)
-        rows = cache_checks.check_seqs(seqs, self._host.alive)
+        rows = self._live(seqs)
         change = self._host.changes_to_reserve(rows, cache_checks.check_counts(rows, num_tokens))
         self._update(change, stream)
 

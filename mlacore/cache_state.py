@@ -59,6 +59,8 @@ class CacheState:
 
         self._host = HostTables(layout.num_pages, layout.page_size, self.max_seqs, self.max_seq_len)
         self._lookups = self._lookup_hits = 0  # tokens asked for by prefix, and found
+        self._last_asked: tuple[Any, ...] = ()
+        self._last_rows = np.empty(0, np.int64)
         self._store: Any
         if layout.device is None:
             self._store = NumpyStore(layout, *self._host.table.shape)
@@ -87,7 +89,7 @@ class CacheState:
             int32 ``[n]``.
         """
         stream = self._stream(stream)
-        rows = cache_checks.check_seqs(seqs, self._host.alive)
+        rows = self._live(seqs)
         width = max(1, int(self._host.pages_held[rows].max(initial=0)))
         with self._store.at(stream):
             return self._store.batch(rows, width, stream)
@@ -101,7 +103,7 @@ class CacheState:
             dtype ``[sum(lengths), kv_lora_rank + qk_rope_head_dim]``, as long as ``seq_lens[seqs]`` says.
         """
         stream = self._stream(stream)
-        rows = cache_checks.check_seqs(seqs, self._host.alive)
+        rows = self._live(seqs)
         index = cache_checks.check_layer(layer, self.layout)
         with self._store.at(stream):
             return self._store.gather(index, rows, self._host.seq_lens[rows].astype(np.int64), stream)
@@ -179,6 +181,16 @@ class CacheState:
         where = self._store.apply(change.tables, stream)
         self._host.commit(change)
         return NewTokens(where, change.tables)
+
+    def _live(self, seqs: Integers) -> np.ndarray:
+        """`seqs` as rows of the table, checked; step after step brings the same ones, which are not checked again."""
+        if not isinstance(seqs, np.ndarray):
+            return cache_checks.check_seqs(seqs, self._host.alive)
+        asked = self._host.generation, seqs.dtype, seqs.shape, seqs.tobytes()
+        if asked != self._last_asked:
+            rows = cache_checks.check_seqs(seqs, self._host.alive).copy()
+            self._last_asked, self._last_rows = asked, rows
+        return self._last_rows
 
     def _stream(self, stream: Any) -> Any:
         """The CuPy stream to work on; None in NumPy."""

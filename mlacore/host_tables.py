@@ -112,6 +112,7 @@ class HostTables:
         self.pages_held = np.zeros(max_seqs, np.int32)
         self.sealed = np.zeros(max_seqs, bool)
         self.alive = np.zeros(max_seqs, bool)
+        self.generation = 0  # counts changes of `alive`
 
     # ---- changes ---------------------------------------------------------------------------------------------------
 
@@ -210,6 +211,7 @@ class HostTables:
         rows = tables.records[SEQ]
         if change.alive is not None:
             self.alive[rows] = change.alive
+            self.generation += 1
         if change.sealed is not None:
             self.sealed[rows] = change.sealed
         if change.held is not None:

@@ -241,6 +241,24 @@ def test_batch_keeps_the_order_and_is_as_wide_as_needed():
     assert cache.batch([2])[0].shape == (1, 1)  # a sequence without pages still has a column
 
 
+def test_the_same_sequences_are_checked_again_once_some_have_gone():
+    cache = make_cache()
+    seqs = cache.create(2, num_tokens=3).seqs
+    cache.extend(seqs, 1)
+    cache.extend(seqs, 1)
+    cache.free([1])
+    with pytest.raises(ValueError, match="seqs: got 1 at 1, expected a live sequence"):
+        cache.extend(seqs, 1)
+    cache.create(1)
+    cache.extend(seqs, 1)
+    assert cache.seq_lens[:2].tolist() == [6, 1]
+    seqs[1] = 0
+    with pytest.raises(ValueError, match="seqs: got 0 2 times"):
+        cache.extend(seqs, 1)
+    with pytest.raises(ValueError, match=r"seqs: got shape \(1, 2\)"):
+        cache.extend(seqs[None], 1)
+
+
 def test_facts():
     cache = PagedKVCache(3, device="cpu")
     assert cache.pool.shape == (3, 64, 1, 576)
