@@ -54,7 +54,7 @@ def launch_update(
     _launch(
         f"cache_update.{words}",
         block_table,
-        (-(-changes.num_changes // params.UPDATE_ROWS), 1),
+        (-(-changes.num_changes // params.UPDATE_ROWS), 1, 1),
         params.UPDATE_ROWS * params.WARP_THREADS,
         stream,
         (_record(params.UPDATE_PARAMS, fields), by_value),
@@ -94,7 +94,7 @@ def launch_write(layer: Any, where: Any, ckv: Any, kpe: Any, transform: RowTrans
     _launch(
         f"cache_write.{layer.dtype}",
         layer,
-        (-(-len(ckv) // params.WRITE_ROWS), 1),
+        (-(-len(ckv) // params.WRITE_ROWS), 1, 1),
         params.WRITE_ROWS * params.WARP_THREADS,
         stream,
         (_record(params.WRITE_PARAMS, fields),),
@@ -116,7 +116,7 @@ def launch_copy(layers: Any, pages: Any, stream: Any) -> None:
         "num_pages": num_pages,
     }
     shares = -(-page_size * row * item_bytes // (16 * params.COPY_THREADS))
-    grid = (len(pages) * num_layers, shares)
+    grid = (len(pages) * num_layers, shares, 1)
     _launch("cache_copy", layers, grid, params.COPY_THREADS, stream, (_record(params.COPY_PARAMS, fields),))
 
 
@@ -137,7 +137,7 @@ def launch_gather(layer: Any, block_table: Any, spans: Any, longest: int, rows: 
         "num_pages": num_pages,
         "page_size_log2": _log2(page_size),
     }
-    grid = (len(spans), min(-(-longest // params.GATHER_ROWS), MAX_GRID_Y))
+    grid = (len(spans), min(-(-longest // params.GATHER_ROWS), MAX_GRID_Y), 1)
     threads = params.GATHER_ROWS * params.WARP_THREADS
     _launch("cache_gather", layer, grid, threads, stream, (_record(params.GATHER_PARAMS, fields),))
 
@@ -157,7 +157,7 @@ def _packer(struct: np.dtype) -> tuple[Struct, Callable[[dict[str, Any]], tuple[
 
 
 def _launch(
-    variant: str, array: Any, grid: tuple[int, int], threads: int, stream: Any, arguments: tuple[np.ndarray, ...]
+    variant: str, array: Any, grid: tuple[int, int, int], threads: int, stream: Any, arguments: tuple[np.ndarray, ...]
 ) -> None:
     driver._launch(driver._function(variant, array.data.device_id, 0), grid, threads, 0, stream, arguments)
 

@@ -158,7 +158,7 @@ def load_default_kernels() -> None:
 
 def _launch(
     function: Any,
-    grid: tuple[int, int],
+    grid: tuple[int, int, int],
     threads: int,
     shared_bytes: int,
     stream: Any,
@@ -171,7 +171,7 @@ def _launch(
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes = shared_bytes
     config.hStream = driver.CUstream(stream.ptr)
@@ -257,7 +257,7 @@ def launch_plan(cache_seqlens: Any, work: Any, splits: Any, stream: Any) -> None
     }
     record = _record(params.PLAN_PARAMS, fields)
     with cache_seqlens.device:
-        _launch(_function("mla_plan", device, 0), (1, 1), params.PLAN_THREADS, 0, stream, (record,))
+        _launch(_function("mla_plan", device, 0), (1, 1, 1), params.PLAN_THREADS, 0, stream, (record,))
 
 
 def launch_decode(
@@ -308,8 +308,8 @@ def launch_decode(
         decode = _function(f"mla_decode_sm90.{dtype}.cluster{cluster}", device, shared_bytes)
         pool_map = _pool_map(kv_cache, params.TILE_TOKENS // cluster)
         ctas = plan.num_workers * plan.num_kv_heads * plan.row_blocks
-        _launch(decode, (ctas, 1), params.DECODE_THREADS, shared_bytes, stream, (pool_map, record))
+        _launch(decode, (ctas, 1, 1), params.DECODE_THREADS, shared_bytes, stream, (pool_map, record))
         if plan.num_workers > 1:
-            grid = (plan.seq_len_q * plan.num_heads, min(plan.batch, plan.num_workers))
+            grid = (plan.seq_len_q * plan.num_heads, min(plan.batch, plan.num_workers), 1)
             combine = _function(f"mla_combine.{dtype}", device, 0)
             _launch(combine, grid, params.COMBINE_THREADS, 0, stream, (record,), overlaps_previous=True)

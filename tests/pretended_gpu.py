@@ -182,7 +182,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     def launch(function, grid, threads, shared_bytes, stream, arguments):
         launches.append((function, grid, stream))
         pointers = (ctypes.c_void_p * len(arguments))(*(argument.ctypes.data for argument in arguments))
-        kernel_on_host(function)(pointers, *grid, threads)
+        assert grid[2] == 1
+        kernel_on_host(function)(pointers, *grid[:2], threads)
 
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     monkeypatch.setattr(arrays, "device_of", lambda array: 0 if isinstance(array, FakeGPUArray) else None)

@@ -43,7 +43,7 @@ def test_launches_of_every_call(fake_gpu):
     seqs = cache.create(3, stream=stream).seqs
     cache.append(seqs, *latents(cache, range(200)), num_tokens=[120, 70, 10], stream=stream)
     assert all(launch[2] is stream for launch in launches)
-    assert [grid for _, grid, _ in launches] == [(1, 1), (1, 1), (50, 1)]
+    assert [grid for _, grid, _ in launches] == [(1, 1, 1), (1, 1, 1), (50, 1, 1)]
     assert names(launches) == ["cache_update.960", "cache_update.960", "cache_write.bfloat16"]
     cache.append(seqs[:2], *(a.reshape(2, 2, -1) for a in latents(cache, range(4))))
     assert names(launches) == ["cache_update.960", "cache_write.bfloat16"]
