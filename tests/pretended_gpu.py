@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlacore import arrays, cache_cuda, driver, jit
+from mlacore import arrays, cache_cuda, cache_kernels, driver, jit
 from mlacore.block_tables import advance_rows_numpy, apply_changes_numpy
 
 # Stands for ptx.cuh: what the cache's kernels use of it, in bfloat16.
@@ -179,18 +179,17 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Make device 0 a Hopper GPU whose arrays are NumPy's; returns the log of launches of CUDA kernels."""
     launches: list[tuple] = []
 
-    def launch(function, grid, threads, shared_bytes, stream, arguments):
-        launches.append((function, grid, stream))
+    def launch(variant, array, grid, threads, stream, arguments):
+        launches.append((variant, grid, stream))
         pointers = (ctypes.c_void_p * len(arguments))(*(argument.ctypes.data for argument in arguments))
         assert grid[2] == 1
-        kernel_on_host(function)(pointers, *grid[:2], threads)
+        kernel_on_host(variant)(pointers, *grid[:2], threads)
 
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     monkeypatch.setattr(arrays, "device_of", lambda array: 0 if isinstance(array, FakeGPUArray) else None)
     monkeypatch.setattr(driver, "hopper_devices", lambda: [0])
     monkeypatch.setattr(driver, "require_hopper", lambda device: None)
-    monkeypatch.setattr(driver, "_function", lambda name, device, shared_bytes: name)
-    monkeypatch.setattr(driver, "_launch", launch)
+    monkeypatch.setattr(cache_kernels, "_launch", launch)
     return launches
 
 

@@ -80,7 +80,7 @@ def test_books_survive_a_failed_launch(fake_gpu, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("launch failed")
 
-    monkeypatch.setattr(driver, "_launch", fail)
+    monkeypatch.setattr(cache_kernels, "_launch", fail)
     calls = {
         "extend": lambda: cache.extend(seqs, 100),
         "create": lambda: cache.create(1, num_tokens=5),
