@@ -24,10 +24,10 @@ endif
 XDIST = $(shell $(PY) -c "import xdist" 2>/dev/null && printf '%s' '-n auto --maxprocesses 8')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu compile bench table lint format clean
+.PHONY: help install demo test test-gpu compile bench bench-cache table lint format clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-11s %s\n", $$1, $$2}'
 	@echo '  Options: PYTHON=python3 VENV= (existing interpreter, installs nothing), ARGS="..." (passed to demo, tests, bench)'
 
 install: $(DEV_READY) ## set up .venv with everything: kernels, tests, bench
@@ -49,6 +49,9 @@ bench: $(DEV_READY) ## measure on this GPU against its ceilings and the peers fo
 	$(PY) -m bench.decode $(ARGS)
 	$(PY) -m bench.plot
 	$(PY) -m bench.table
+
+bench-cache: $(DEV_READY) ## measure the paged cache, on the GPU if there is one; then the README's section
+	$(PY) -m bench.cache $(ARGS)
 
 table: $(DEV_READY) ## rewrite the README's tables and the plots from bench/results
 	$(PY) -m bench.plot

@@ -36,15 +36,3 @@ __device__ __forceinline__ void store_row_16bit(u16* destination, const float (&
     if (exists) *reinterpret_cast<uint4*>(destination + 8 * j) = {words[0], words[1], words[2], words[3]};
   }
 }
-
-// Row i, times `scale`, in float32: the four lanes of a row write 32 bytes side by side.
-template <u32 kElements>
-__device__ __forceinline__ void store_row_float(float* destination, const float (&fragment)[kElements], u32 i,
-                                                float scale) {
-  destination += fragment_column(threadIdx.x);
-#pragma unroll
-  for (u32 j = 0; j < kElements / 4; ++j) {
-    const u32 at = 4 * j + 2 * i;
-    *reinterpret_cast<float2*>(destination + 8 * j) = {fragment[at] * scale, fragment[at + 1] * scale};
-  }
-}

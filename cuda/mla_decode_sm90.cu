@@ -4,11 +4,11 @@
 //   out = softmax(S) V               V: the first 512 columns of the same cache rows
 //   lse = log sum exp(S)
 //
-// Grid: one persistent CTA for each (worker, KV head, block of 64 query rows), row blocks fastest, so that the CTAs that
-// want the same pages run side by side. With an even number of row blocks two of them form a cluster: each loads half of
-// every tile and multicasts it to both, which halves what L2 has to deliver. A worker walks its items of the split schedule
-// (schedule.cuh); an item that covers its whole sequence writes out and lse, a split writes a normalised partial state
-// that mla_combine merges.
+// Grid: row blocks (of 64 query rows) x KV heads x workers: CTAs that want the same pages run side by side. With an
+// even number of row blocks two of them form a cluster: each loads half of every tile and multicasts it to both, which
+// halves what L2 has to deliver, and may prefetch a later tile to L2. A worker walks its items of the split schedule
+// (schedule.cuh); an item that covers its whole sequence writes out and lse, splits are merged as merge.cuh says, in
+// the same launch.
 //
 // Roles (384 threads):
 //   warpgroup 0       224 registers  even tiles: S, softmax, P; columns   0-255 of O for all tiles
@@ -20,14 +20,15 @@
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item is in place
 //   q_empty            8 (warps)     both groups -> Q loaders: last QK^T of the item has read Q
 //   kv_full[s][c]      1 + bytes     TMA -> owner of the tile: chunk c of the tile in stage s has landed
-//   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: O += P V of its half of stage s is done, and
-//                      a CTA         so is all else that it does with the stage
-//   kProbabilities+s  named, 256     owner -> peer: P and the softmax references of the tile in stage s are in shared memory
+//   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: it has done O += P V of its half of
+//                      a CTA         stage s, and all else that it does with the stage
+//   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory
 //   kGroup+g          named, 128     within group g
 //   kSums             named, 256     both groups: row sums of the item exchanged
+//   kMerge            named, 256     both groups: what merges need of each other
 //
-// Schedule of a pair of tiles (a: even, b: odd). Half of O fits one group's registers, so the groups share its columns and
-// each needs the other's P:
+// Schedule of a pair of tiles (a: even, b: odd). Half of O fits one group's registers, so the groups share its columns
+// and each needs the other's P:
 //   group 0                                       group 1
 //   1  S_a = Q K_a^T                              1  S_b = Q K_b^T, once its stage is loaded
 //   2  softmax of S_a                             2  take P_a
@@ -45,13 +46,17 @@
 // stages, and the odd tile's is the one that the other group waits for. Not overlaid, it needs no barrier of its group:
 // with taking P_a before S_b is complete, +6 % at b=128, s_q=2, s_k=16K on an H100.
 //
-// What limits it (H100, b=128, h_q=128, s_q=2, s_k=16K): 645 to 698 TFLOP/s over runs; traced with clock reads, about
-// 5300 cycles a pair of tiles, of which the tensor cores need 4352. The loop of a stage is the longest chain: about 1000
-// cycles from its release to the first chunk and 1300 until the last, 400 for the rest of QK^T, 700 for the softmax
-// (next to the other group's WGMMAs it issues at half its rate), then both halves of P V and their hand-over. What was
-// tried without gain stands in the CHANGELOG.
+// What limits it (H100, b=128, h_q=128, s_q=2, s_k=16K): 1.9 GHz falls to 1.6 under the 700 W limit; traced with clock
+// reads, about 5300 cycles a pair of tiles, of which the tensor cores need 4352. The loop of a stage is the longest
+// chain: about 1000 cycles from its release to the first chunk and 1300 until the last, 400 for the rest of QK^T, 700
+// for the softmax (next to the other group's WGMMAs it issues at half its rate), then both halves of P V and their
+// hand-over. At s_q=1 the pages come from memory and not from L2, which lengthens the first figure; the prefetch takes
+// most of that back. What was tried without gain stands in the CHANGELOG.
 #include "epilogue.cuh"
 #include "layout.cuh"
+#include "load_kv.cuh"
+#include "load_q.cuh"
+#include "merge.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
 #include "softmax.cuh"
@@ -59,10 +64,7 @@
 
 using Element = MLA_ELEMENT;
 
-constexpr u32 kTileTokens = MLA_TILE_TOKENS;  // cache rows of a tile
-constexpr u32 kPageSize = MLA_PAGE_SIZE;
 constexpr u32 kHeadDimQK = MLA_HEAD_DIM_QK;
-constexpr u32 kHeadDimV = MLA_HEAD_DIM_V;
 constexpr u32 kStages = 2;
 constexpr u32 kClusterCtas = MLA_CLUSTER_CTAS;  // CTAs (row blocks) that load each tile together
 
@@ -79,12 +81,10 @@ constexpr u32 kGroupChunks = kGroupColumns / kChunkColumns;
 constexpr u32 kRopeChunk = kChunks - 1;
 constexpr u32 kStepsPerChunk = kChunkColumns / kReductionStep;
 constexpr u32 kStepsPerTile = kTileTokens / kReductionStep;
-constexpr u32 kShareRows = kTileTokens / kClusterCtas;  // rows of a tile that each CTA of the cluster loads for all
 
 static_assert(kTileRows == 64, "WGMMA works on 64 rows");
 static_assert(kTileTokens == kChunkRows && kTileTokens == kChunkColumns, "a chunk holds a tile's tokens, or its P");
 static_assert(kClusterCtas == 1 || kClusterCtas == 2, "an SM pair (TPC) hosts the cluster, so that no SM is left over");
-static_assert(kPageSize % kTileTokens == 0, "a tile lies within one page");
 static_assert(kHeadDimV == kRopeChunk * kChunkColumns, "the rope chunk follows the latent");
 static_assert(kGroupColumns == 256, "one WGMMA covers a group's columns");
 static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another number of threads");
@@ -92,9 +92,11 @@ static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another numbe
 struct SharedPlan {
   alignas(1024) u16 q[kChunks][kTileRows * kChunkColumns];
   alignas(1024) u16 kv[kStages][kChunks][kTileTokens * kChunkColumns];
-  alignas(1024) u16 p_odd[kTileRows * kTileTokens];        // P of odd tiles; P of even tiles lies in kv[stage][kRopeChunk]
-  float row_reference[kStages][kTileRows];                 // softmax reference that P of the tile in this stage has
-  float row_sum[2][kConsumerGroups][kTileRows];            // by parity of the item, so that the next may write already
+  alignas(1024) u16 p_odd[kTileRows * kTileTokens];  // P of odd tiles; P of even tiles lies in kv[stage][kRopeChunk]
+  float row_reference[kStages][kTileRows];           // softmax reference that P of the tile in this stage has
+  float row_sum[2][kConsumerGroups][kTileRows];      // by parity of the item, so that the next may write already
+  RowTable rows;
+  MergeShared merge;
   u64 q_full;
   u64 q_empty;
   u64 kv_full[kStages][kChunks];
@@ -102,79 +104,15 @@ struct SharedPlan {
 };
 static_assert(sizeof(SharedPlan) <= MLA_SHARED_BYTES, "mlacore/params.py asks for less shared memory");
 
-using Tiles = ItemTiles<kTileTokens, kStages>;
+using Tiles = ItemTiles<kStages>;
 
-enum NamedBarrier : u32 { kGroup = 1, kProbabilities = kGroup + kConsumerGroups, kSums = kProbabilities + kStages };
-
-// ---- producers -----------------------------------------------------------------------------------------------------
-
-// Warp 8: K tiles of all items, as far ahead as the stages allow. A page id outside the pool, or past the table's end,
-// reads as zeros: TMA does not leave the tensor.
-__device__ __forceinline__ void load_kv(SharedPlan& shared, const TensorMap* kv_map, const DecodeParams& params,
-                                        const Block& block) {
-  const u32 lane = threadIdx.x % kWarpThreads;
-  const u32 first_row = kClusterCtas > 1 ? cluster_ctarank() * kShareRows : 0;
-  RingPosition<kStages> ring;
-  WorkerItems<kTileTokens> items(params, block.worker);
-  Item item;
-  while (items.next(item)) {
-    const i32* pages = params.block_table + item.sequence * params.block_table_stride;
-    for (i32 base = item.begin_tile; base < item.end_tile; base += i32(kWarpThreads)) {
-      // One load brings the page ids of 32 tiles, so that none waits for its own.
-      const i32 entry = (base + i32(lane)) * i32(kTileTokens) / i32(kPageSize);
-      const i32 my_page = entry < params.max_pages ? pages[entry] : -1;
-      const i32 end = min(base + i32(kWarpThreads), item.end_tile);
-      for (i32 tile = base; tile < end; ++tile, ring.advance()) {
-        const i32 page = __shfl_sync(0xffffffffu, my_page, tile - base);
-        if (lane != 0) continue;
-        const i32 page_row = tile * i32(kTileTokens) % i32(kPageSize) + i32(first_row);
-        for (u32 chunk = 0; chunk < kChunks; ++chunk) {
-          // The rope chunk doubles as P, which the peer reads: it is free once both halves are.
-          if (chunk % kGroupChunks == 0 && chunk != kRopeChunk) {
-            wait_phase(shared_address(&shared.kv_empty[ring.stage][chunk / kGroupChunks]), ring.phase ^ 1);
-          }
-          const u32 full = shared_address(&shared.kv_full[ring.stage][chunk]);
-          mbarrier_arrive_expect_tx(full, kChunkBytes);
-          const u32 destination = shared_address(shared.kv[ring.stage][chunk]) + first_row * kChunkRowBytes;
-          const i32 column = i32(chunk * kChunkColumns);
-          if constexpr (kClusterCtas == 1) {
-            cp_async_bulk_tensor_4d(destination, kv_map, full, column, page_row, block.kv_head, page);
-          } else {
-            constexpr u16 kAllCtas = (1 << kClusterCtas) - 1;
-            cp_async_bulk_tensor_4d_multicast(destination, kv_map, full, column, page_row, block.kv_head, page, kAllCtas);
-          }
-        }
-      }
-    }
-  }
-}
-
-// Warps 9-11: Q of each item that has tiles. Rows past the last one are zeros.
-__device__ __forceinline__ void load_q(SharedPlan& shared, const DecodeParams& params, const Block& block) {
-  constexpr u32 kCells = kHeadDimQK * 2 / kCellBytes;
-  const u32 warp = threadIdx.x % kWarpgroupThreads / kWarpThreads - 1, lane = threadIdx.x % kWarpThreads;
-  const u32 q = shared_address(shared.q);
-  WorkerItems<kTileTokens> items(params, block.worker);
-  Item item;
-  u32 phase = 0;
-  while (items.next(item)) {
-    if (item.num_tiles() == 0) continue;
-    wait_phase(shared_address(&shared.q_empty), phase ^ 1);
-    const u16* source = params.q + item.sequence * params.q_stride_batch;
-    for (u32 row = warp; row < kTileRows; row += kQLoaderThreads / kWarpThreads) {
-      const QueryRow at(params, block, row);
-      const u16* from = at.exists ? source + at.seq * params.q_stride_seq + at.head * params.q_stride_head : source;
-      for (u32 cell = lane; cell < kCells; cell += kWarpThreads) {
-        const u32 destination = q + cell / kCellsPerRow * kChunkBytes + swizzled_offset(row, cell % kCellsPerRow);
-        cp_async_16(destination, from + cell * 8, at.exists ? kCellBytes : 0);
-      }
-    }
-    cp_async_wait_all();
-    fence_proxy_async();
-    mbarrier_arrive(shared_address(&shared.q_full));
-    phase ^= 1;
-  }
-}
+enum NamedBarrier : u32 {
+  kGroup = 1,
+  kProbabilities = kGroup + kConsumerGroups,
+  kSums = kProbabilities + kStages,
+  kMerge
+};
+using Merge = SplitMerge<Element, HeadsOnM, kConsumerThreads, kMerge>;
 
 // ---- consumers -----------------------------------------------------------------------------------------------------
 
@@ -228,23 +166,26 @@ struct Consumer {
   }
 
   // Softmax of the own tile, into `probabilities`. Leaves O to be rescaled.
-  __device__ __forceinline__ RowPair own_softmax(const Tile& tile) {
+  __device__ __forceinline__ RowPair own_softmax(const Tile& tile, bool is_first) {
     if (tile.needs_mask) {
       i32 limit[2];
 #pragma unroll
       for (u32 i = 0; i < 2; ++i) {
-        const QueryRow at(params, block, row + 8 * i);
-        limit[i] = tile.valid_tokens - (params.causal ? params.seq_len_q - 1 - at.seq : 0);
+        limit[i] = tile.valid_tokens - shared.rows.hidden_tokens[row + 8 * i];
       }
       mask_scores(scores, fragment_column(thread), limit);
     }
     const float scale_log2 = params.softmax_scale_log2;
     RowPair factors = {1.f, 1.f};
-    RowPair tile_sum = exponentiate<Element>(scores, probabilities, reference, scale_log2);
-    if (needs_new_reference(tile_sum, reference)) {
+    const auto renew_reference = [&] {
       const RowPair updated = new_reference(thread_max(scores), reference, scale_log2);
       factors = rescale_factors(reference, updated);
       reference = updated;
+    };
+    if (is_first) renew_reference();
+    RowPair tile_sum = exponentiate<Element>(scores, probabilities, reference, scale_log2);
+    if (!is_first && needs_new_reference(tile_sum, reference)) {
+      renew_reference();
       tile_sum = exponentiate<Element>(scores, probabilities, reference, scale_log2);
     }
 #pragma unroll
@@ -254,15 +195,15 @@ struct Consumer {
 
   // P of the own tile and its references to the peer.
   __device__ __forceinline__ void publish_probabilities(const Tile& tile) {
-    // All four warps have read the rope chunk (their QK^T is complete) before any writes P_a over it. P_b's buffer is free
-    // because its last reader has released the stage that this tile was loaded into.
+    // All four warps have read the rope chunk (their QK^T is complete) before any writes P_a over it. P_b's buffer is
+    // free because its last reader has released the stage that this tile was loaded into.
     if constexpr (kGroupIndex == 0) bar_sync(kGroup + kGroupIndex, kWarpgroupThreads);
     const u32 p = shared_address(kGroupIndex == 0 ? shared.kv[tile.stage][kRopeChunk] : shared.p_odd);
     const u32 p_row = thread / 32 * 16 + lane % 16;
 #pragma unroll
     for (u32 step = 0; step < kStepsPerTile; ++step) {
-      stmatrix_x4(p + swizzled_offset(p_row, 2 * step + lane / 16), probabilities[4 * step], probabilities[4 * step + 1],
-                  probabilities[4 * step + 2], probabilities[4 * step + 3]);
+      stmatrix_x4(p + swizzled_offset(p_row, 2 * step + lane / 16), probabilities[4 * step],
+                  probabilities[4 * step + 1], probabilities[4 * step + 2], probabilities[4 * step + 3]);
     }
     if (lane % 4 == 0) {
       shared.row_reference[tile.stage][row] = reference.r[0];
@@ -283,8 +224,8 @@ struct Consumer {
     return factors;
   }
 
-  // Most tiles leave the references of a whole warp as they were. No WGMMA may be in flight here: the compiler would wait
-  // for all of them before ordinary instructions that write accumulators.
+  // Most tiles leave the references of a whole warp as they were. No WGMMA may be in flight here: the compiler would
+  // wait for all of them before ordinary instructions that write accumulators.
   __device__ __forceinline__ void rescale_out(const RowPair& factors) {
     if (!__any_sync(0xffffffffu, factors.r[0] != 1.f || factors.r[1] != 1.f)) return;
 #pragma unroll
@@ -298,7 +239,8 @@ struct Consumer {
     constexpr u32 kCellsPerToken = kGroupChunks * kCellsPerRow;
     for (u32 i = thread; i < (kTileTokens - u32(tile.valid_tokens)) * kCellsPerToken; i += kWarpgroupThreads) {
       const u32 token = u32(tile.valid_tokens) + i / kCellsPerToken, cell = i % kCellsPerToken;
-      st_shared_zero_16(v + cell / kCellsPerRow * kChunkBytes + token * kChunkRowBytes + cell % kCellsPerRow * kCellBytes);
+      st_shared_zero_16(v + cell / kCellsPerRow * kChunkBytes + token * kChunkRowBytes +
+                        cell % kCellsPerRow * kCellBytes);
     }
     fence_proxy_async();
     bar_sync(kGroup + kGroupIndex, kWarpgroupThreads);
@@ -321,7 +263,8 @@ struct Consumer {
   // O += P V with P of the peer's tile, from shared memory.
   __device__ __forceinline__ void start_peer_out(const Tile& tile) {
     clear_past_end(tile);
-    const u64 p = k_major_descriptor(shared_address(kGroupIndex == 1 ? shared.kv[tile.stage][kRopeChunk] : shared.p_odd));
+    const u64 p =
+        k_major_descriptor(shared_address(kGroupIndex == 1 ? shared.kv[tile.stage][kRopeChunk] : shared.p_odd));
     const u64 v = n_major_descriptor(shared_address(shared.kv[tile.stage][kGroupIndex * kGroupChunks]));
     keep_order(out);
     wgmma_fence();
@@ -347,10 +290,10 @@ struct Consumer {
   }
 
   // Softmax and O update of an even tile, whose scores are complete.
-  __device__ __forceinline__ void attend_own(const Tile& even) {
-    rescale_out(own_softmax(even));  // 2
-    start_own_out(even);             // 3
-    publish_probabilities(even);     // 4
+  __device__ __forceinline__ void attend_own(const Tile& even, bool is_first) {
+    rescale_out(own_softmax(even, is_first));  // 2
+    start_own_out(even);                       // 3
+    publish_probabilities(even);               // 4
     finish_out();
     release_half(even);  // 5
   }
@@ -362,7 +305,7 @@ struct Consumer {
     i32 a = 0;
     for (; a + 2 < tiles.count; a += 2) {
       const Tile even = tiles[a], odd = tiles[a + 1], next = tiles[a + 2];
-      attend_own(even);
+      attend_own(even, a == 0);
       rescale_out(take_probabilities(odd));
       start_peer_out(odd);  // 6
       // 1': one chunk keeps the tensor cores fed while the O update is awaited
@@ -375,7 +318,7 @@ struct Consumer {
     }
     release_q();
     const Tile even = tiles[a];
-    attend_own(even);
+    attend_own(even, a == 0);
     if (a + 1 < tiles.count) {
       const Tile odd = tiles[a + 1];
       rescale_out(take_probabilities(odd));
@@ -395,8 +338,8 @@ struct Consumer {
       finish_scores();
       if (a + 3 >= tiles.count) release_q();
       rescale_out(peer_factors);
-      start_peer_out(even);                       // 3
-      const RowPair factors = own_softmax(odd);  // 4
+      start_peer_out(even);                             // 3
+      const RowPair factors = own_softmax(odd, false);  // 4
       finish_out();
       release_half(even);  // 5
       rescale_out(factors);
@@ -416,67 +359,133 @@ struct Consumer {
   }
 
   // Row sums over both groups' tiles; then out and lse, or a partial state when the sequence is split.
-  __device__ __forceinline__ void write_item(const Item& item, u32 item_parity) {
-    const bool is_empty = item.num_tiles() == 0;
-    float total[2] = {0.f, 0.f};
-    if (!is_empty) {
-      float(&sums)[kConsumerGroups][kTileRows] = shared.row_sum[item_parity];
-#pragma unroll
-      for (u32 i = 0; i < 2; ++i) {
-        const float group_sum = quad_sum(sum.r[i]);
-        if (lane % 4 == 0) sums[kGroupIndex][row + 8 * i] = group_sum;
-      }
-      barrier_cta_sync(kSums, kConsumerThreads);
-#pragma unroll
-      for (u32 i = 0; i < 2; ++i) total[i] = sums[0][row + 8 * i] + sums[1][row + 8 * i];
-    }
-    const i32 num_splits = params.splits[2 * item.sequence + 1];
+  __device__ __forceinline__ void write_item(const Item& item, u32 item_parity, const Merge& merge) {
+    const bool is_split = merge.is_split(item), is_pair = is_split && merge.is_pair(item);
+    const i32 own_slot = partial_slot(block.worker, item.is_first);
+    const bool exists = shared.rows.out_row[row] >= 0;
+    if (is_pair && threadIdx.x == 0) merge.claim(item);
+    if (is_split && !is_pair && exists) write_cells(merge.partial_cells(own_slot));  // while the other group finishes
+    float (&sums)[kConsumerGroups][kTileRows] = shared.row_sum[item_parity];
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
-      const float scale = total[i] == 0.f ? 0.f : 1.f / total[i];
-      const float lse_log2 = total[i] == 0.f ? -infinity() : reference.r[i] + log2f(total[i]);
-      if (num_splits > 1) {
-        write_partial_row(item, i, scale, lse_log2);
-      } else {
-        write_final_row(item, i, scale, lse_log2);
+      const float group_sum = quad_sum(sum.r[i]);
+      if (lane % 4 == 0) sums[kGroupIndex][row + 8 * i] = group_sum;
+    }
+    barrier_cta_sync(kSums, kConsumerThreads);
+    const float total[2] = {sums[0][row] + sums[1][row], sums[0][row + 8] + sums[1][row + 8]};
+    if (is_split && !(is_pair && merge.is_second(item))) {
+      if (is_pair && exists) write_cells(merge.partial_cells(own_slot));
+      if (kGroupIndex == 0 && lane % 4 == 0 && exists) {
+        merge.partial_sums(own_slot)[HeadsOnM::pair_of(thread)] = {reference.r[0], reference.r[1], total[0], total[1]};
+      }
+      if (is_pair) {
+        barrier_cta_sync(kMerge, kConsumerThreads);
+        if (threadIdx.x == 0) merge.publish(item);
+      }
+    } else if (is_split) {
+      merge.await_other(item);
+      barrier_cta_sync(kMerge, kConsumerThreads);
+      if (threadIdx.x == 0) merge.reset(item);
+      const i32 slot = merge.other_slot(item);
+      write_sum(item, merge.partial_cells(slot), merge.partial_sums(slot), total);
+    } else {
+#pragma unroll
+      for (u32 i = 0; i < 2; ++i) {
+        const float scale = total[i] == 0.f ? 0.f : 1.f / total[i];
+        store_row_16bit<Element>(out_row(item, i), out, i, scale, shared.rows.out_row[row + 8 * i] >= 0);
+        write_lse(item, i, reference.r[i], total[i]);
       }
     }
   }
 
-  __device__ __forceinline__ void write_partial_row(const Item& item, u32 i, float scale, float lse_log2) {
-    const QueryRow at(params, block, row + 8 * i);
-    if (!at.exists) return;
-    const i64 slot = partial_slot(block.worker, item.is_first);
-    const i64 index = ((slot * params.num_kv_heads + block.kv_head) * params.row_blocks + block.row_block) * kTileRows +
-                      row + 8 * i;
-    store_row_float(params.partial_out + index * kHeadDimV + kGroupIndex * kGroupColumns, out, i, scale);
-    if (kGroupIndex == 0 && lane % 4 == 0) params.partial_lse[index] = lse_log2;
+  // The cells (cells.cuh) of this thread, as they are: whoever merges divides by the sums.
+  __device__ __forceinline__ void write_cells(float4* cells) {
+#pragma unroll
+    for (u32 j = 0; j < kGroupColumns / 8; ++j) {
+      cells[HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + j, thread)] = {out[4 * j], out[4 * j + 1],
+                                                                                    out[4 * j + 2], out[4 * j + 3]};
+    }
   }
 
-  __device__ __forceinline__ void write_final_row(const Item& item, u32 i, float scale, float lse_log2) {
-    const QueryRow at(params, block, row + 8 * i);
-    const i64 sequence = item.sequence;
-    const i64 index = (sequence * params.seq_len_q + at.seq) * params.num_heads + at.head;
-    store_row_16bit<Element>(params.out + index * kHeadDimV + kGroupIndex * kGroupColumns, out, i, scale, at.exists);
-    if (kGroupIndex == 0 && lane % 4 == 0 && at.exists) {
-      params.lse[(sequence * params.num_heads + at.head) * params.seq_len_q + at.seq] = lse_log2 * kLn2;
+  // The sum of this state and the other of two splits. It does not go through the accumulators, which would serialise
+  // the WGMMAs: what writes them must not stand in a branch.
+  __device__ __forceinline__ void write_sum(const Item& item, const float4* cells, const float4* sums,
+                                            const float (&total)[2]) {
+    constexpr u32 kInFlight = 8, kWords = 4;
+    const float4 other = __ldcg(sums + HeadsOnM::pair_of(thread));
+    const float other_reference[2] = {other.x, other.y}, other_total[2] = {other.z, other.w};
+    float own_weight[2], other_weight[2];
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      const float top = fmaxf(reference.r[i], other_reference[i]);
+      own_weight[i] = ex2(reference.r[i] - finite_or_zero(top));
+      other_weight[i] = ex2(other_reference[i] - finite_or_zero(top));
+      const float sum_of_both = sum_of_products(total[i], own_weight[i], other_total[i], other_weight[i]);
+      write_lse(item, i, top, sum_of_both);
+      const float scale = sum_of_both == 0.f ? 0.f : 1.f / sum_of_both;
+      own_weight[i] *= scale;
+      other_weight[i] *= scale;
     }
+    u16* rows[2] = {out_row(item, 0) + lane % 4 * 8, out_row(item, 1) + lane % 4 * 8};
+    const bool exists[2] = {shared.rows.out_row[row] >= 0, shared.rows.out_row[row + 8] >= 0};
+#pragma unroll
+    for (u32 first = 0; first < kGroupColumns / 8; first += kInFlight) {
+      float4 part[kInFlight];
+#pragma unroll
+      for (u32 j = 0; j < kInFlight; ++j) {
+        part[j] = __ldcg(cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + first + j, thread));
+      }
+#pragma unroll
+      for (u32 j = 0; j < kInFlight; j += kWords) {
+        u32 words[2][kWords];
+#pragma unroll
+        for (u32 k = 0; k < kWords; ++k) {
+          const float4& from = part[j + k];
+          const u32 at = 4 * (first + j + k);
+          words[0][k] = cvt_pack<Element>(sum_of_products(out[at], own_weight[0], from.x, other_weight[0]),
+                                          sum_of_products(out[at + 1], own_weight[0], from.y, other_weight[0]));
+          words[1][k] = cvt_pack<Element>(sum_of_products(out[at + 2], own_weight[1], from.z, other_weight[1]),
+                                          sum_of_products(out[at + 3], own_weight[1], from.w, other_weight[1]));
+        }
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+          transpose_quad(words[i]);
+          if (exists[i]) {
+            *reinterpret_cast<uint4*>(rows[i] + 8 * (first + j)) = {words[i][0], words[i][1], words[i][2], words[i][3]};
+          }
+        }
+      }
+    }
+  }
+
+  // This group's columns of row i of the thread in out; of no use if the row does not exist.
+  __device__ __forceinline__ u16* out_row(const Item& item, u32 i) const {
+    const i64 first_row = i64(item.sequence) * params.seq_len_q * params.num_heads;
+    return params.out + (first_row + shared.rows.out_row[row + 8 * i]) * kHeadDimV + kGroupIndex * kGroupColumns;
+  }
+
+  __device__ __forceinline__ void write_lse(const Item& item, u32 i, float top, float total) const {
+    if (kGroupIndex != 0 || lane % 4 != 0 || shared.rows.out_row[row + 8 * i] < 0) return;
+    const i64 first_row = i64(item.sequence) * params.seq_len_q * params.num_heads;
+    params.lse[first_row + shared.rows.lse_row[row + 8 * i]] = total == 0.f ? -infinity() : (top + log2f(total)) * kLn2;
   }
 };
 
 template <u32 kGroupIndex>
-__device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& params, const Block& block) {
+__device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& params, const Block& block,
+                                        WorkerItems& items, const Merge& merge) {
   Consumer<kGroupIndex> group(shared, params, block);
-  WorkerItems<kTileTokens> items(params, block.worker);
   Item item;
-  u32 tiles_before = 0, items_with_tiles = 0;
+  u32 tiles_before = 0, num_items = 0;
   while (items.next(item)) {
     group.reference = {-infinity(), -infinity()};
     group.sum = {0.f, 0.f};
 #pragma unroll
     for (u32 i = 0; i < kGroupColumns / 2; ++i) group.out[i] = 0.f;
-    if (item.num_tiles() > 0) {
-      wait_phase(shared_address(&shared.q_full), items_with_tiles % 2);
+    wait_phase(shared_address(&shared.q_full), num_items % 2);
+    if (item.num_tiles() == 0) {
+      group.release_q();
+    } else {
       const Tiles tiles(params, block, item, tiles_before);
       if constexpr (kGroupIndex == 0) {
         group.attend_even(tiles);
@@ -484,9 +493,8 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
         group.attend_odd(tiles);
       }
       tiles_before += u32(item.num_tiles());
-      ++items_with_tiles;
     }
-    group.write_item(item, items_with_tiles % 2);
+    group.write_item(item, num_items++ % 2, merge);
   }
 }
 
@@ -497,17 +505,21 @@ __device__ __forceinline__ void sync_ctas() {
   if constexpr (kClusterCtas == 1) {
     __syncthreads();
   } else {
-    barrier_cluster_sync();
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
   }
+}
+
+// This thread is done with the barriers of the other CTAs. None may exit before the others are done with its own.
+__device__ __forceinline__ void leave_cluster() {
+  if constexpr (kClusterCtas > 1) barrier_cluster_arrive();
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClusterCtas, 1, 1)
     mla_decode_sm90(const __grid_constant__ TensorMap kv_map, const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   SharedPlan& shared = *reinterpret_cast<SharedPlan*>(dynamic_shared);
-  const i32 index = i32(blockIdx.x);
-  const Block block = {index / (params.row_blocks * params.num_kv_heads), index / params.row_blocks % params.num_kv_heads,
-                       index % params.row_blocks};
+  const Block block = {i32(blockIdx.z), i32(blockIdx.y), i32(blockIdx.x)};
 
   if (threadIdx.x == 0) {
     prefetch_tensormap(&kv_map);
@@ -523,24 +535,34 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
   }
   sync_ctas();
   griddepcontrol_launch_dependents();
+  griddepcontrol_wait();  // everything above overlaps the end of the previous kernel; nothing above reads memory
 
-  const u32 warp = threadIdx.x / kWarpThreads;
   if (threadIdx.x >= kConsumerThreads) {
     setmaxnreg_dec<kProducerRegisters>();
-    if (warp == kConsumerThreads / kWarpThreads) {
-      load_kv(shared, &kv_map, params, block);
+    if (threadIdx.x < kConsumerThreads + kWarpThreads) {
+      load_kv<kClusterCtas>(shared.kv, shared.kv_full, shared.kv_empty, &kv_map, params, block);
     } else {
-      load_q(shared, params, block);
+      load_q<kQLoaderThreads / kWarpThreads>(shared.q, shared.q_full, shared.q_empty, params, block,
+                                             (threadIdx.x - kConsumerThreads) / kWarpThreads - 1);
     }
-  } else if (threadIdx.x < kWarpgroupThreads) {
-    setmaxnreg_inc<kConsumerRegisters>();
-    consume<0>(shared, params, block);
+    __syncwarp();
+    leave_cluster();
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
-    consume<1>(shared, params, block);
+    // The stages serve as scratch once nothing is loaded into them any more.
+    const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
+    WorkerItems items(params, block.worker);
+    merge.load_groups(items);
+    if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
+    barrier_cta_sync(kMerge, kConsumerThreads);
+    // The shuffle tells the compiler that warps do not diverge here; without it, it serialises the WGMMAs.
+    if (__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) == 0) {
+      consume<0>(shared, params, block, items, merge);
+    } else {
+      consume<1>(shared, params, block, items, merge);
+    }
+    leave_cluster();
+    merge.run();
   }
-  if constexpr (kClusterCtas > 1) {
-    __syncwarp();
-    barrier_cluster_sync();  // the other CTA may still arrive at our barriers
-  }
+  if constexpr (kClusterCtas > 1) barrier_cluster_wait();
 }

@@ -1,6 +1,6 @@
-// Computes the split schedule (schedule.cuh) from device lengths: which worker begins where, and which workers share each
-// sequence. One block; a sequence a thread, in rounds for larger batches. Nothing depends on the lengths but the values
-// written, so that a CUDA graph can replay it after lengths have changed.
+// Computes the split schedule (schedule.cuh) from device lengths: which worker begins where, and which workers share
+// each sequence. One block; a sequence a thread, in rounds for larger batches. Nothing depends on the lengths but the
+// values written, so that a CUDA graph can replay it after lengths have changed.
 #include "params.cuh"
 #include "schedule.cuh"
 
@@ -11,14 +11,25 @@ constexpr i32 kItemCostTiles = MLA_ITEM_COST_TILES;
 static_assert(kItemCostTiles >= 1, "positions of sequences must differ, empty ones included");
 static_assert(kPlanWarps <= kWarpThreads, "one warp scans the warps' sums");
 
+// Lengths from the least conceivable stretch to the packed one: with no more sequences than workers, the item costs
+// lengthen a stretch by kItemCostTiles at most.
+constexpr u32 kExtents = kItemCostTiles + 2;
+constexpr i32 kKept = 1024;  // sequences whose lengths are read once
+
+// Sum over the lanes up to this one.
+__device__ __forceinline__ Position inclusive_sum(Position value) {
+  const u32 lane = threadIdx.x % kWarpThreads;
+  for (u32 offset = 1; offset < kWarpThreads; offset *= 2) {
+    const Position below = __shfl_up_sync(0xffffffffu, value, offset);
+    if (lane >= offset) value += below;
+  }
+  return value;
+}
+
 // Sum over the threads before this one; `total` receives the sum over the block.
 __device__ __forceinline__ Position exclusive_sum(Position value, Position* warp_sums, Position& total) {
   const u32 lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
-  Position inclusive = value;
-  for (u32 offset = 1; offset < kWarpThreads; offset *= 2) {
-    const Position below = __shfl_up_sync(0xffffffffu, inclusive, offset);
-    if (lane >= offset) inclusive += below;
-  }
+  const Position inclusive = inclusive_sum(value);
   __syncthreads();  // an earlier call's warp_sums have been read
   if (lane == kWarpThreads - 1) warp_sums[warp] = inclusive;
   __syncthreads();
@@ -34,28 +45,52 @@ __device__ __forceinline__ Position exclusive_sum(Position value, Position* warp
 
 extern "C" __global__ void __launch_bounds__(kPlanThreads) mla_plan(const __grid_constant__ PlanParams params) {
   __shared__ Position warp_sums[kPlanWarps];
+  __shared__ bool fits[kExtents];
+  __shared__ i32 kept_tiles[kKept];
   const i32 rounds = (params.batch + i32(kPlanThreads) - 1) / i32(kPlanThreads);
-  const auto tiles_at = [&](i32 sequence) {
-    return sequence < params.batch ? tiles_of(params.cache_seqlens[sequence], kTileTokens) : 0;
-  };
+  const u32 lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
+  const auto read_tiles = [&](i32 sequence) { return tiles_of(params.cache_seqlens[sequence], kTileTokens); };
+  const auto tiles_at = [&](i32 sequence) { return sequence < kKept ? kept_tiles[sequence] : read_tiles(sequence); };
 
-  // Length of the line: all tiles, and the cost of every change of sequence.
-  Position line = Position(params.batch - 1) * kItemCostTiles;
-  for (i32 round = 0; round < rounds; ++round) {
-    Position tiles_of_round;
-    exclusive_sum(tiles_at(round * i32(kPlanThreads) + i32(threadIdx.x)), warp_sums, tiles_of_round);
-    line += tiles_of_round;
-  }
-  const Position extent = worker_extent(line, params.num_workers);
-
-  Position tiles_before = 0;
+  Position tiles_in_all = 0;
   for (i32 round = 0; round < rounds; ++round) {
     const i32 sequence = round * i32(kPlanThreads) + i32(threadIdx.x);
-    const i32 tiles = tiles_at(sequence);
+    const i32 tiles = sequence < params.batch ? read_tiles(sequence) : 0;
+    if (sequence < kKept) kept_tiles[sequence] = tiles;
     Position tiles_of_round;
-    const Position position =
-        tiles_before + exclusive_sum(tiles, warp_sums, tiles_of_round) + Position(sequence) * kItemCostTiles;
-    tiles_before += tiles_of_round;
+    exclusive_sum(tiles, warp_sums, tiles_of_round);
+    tiles_in_all += tiles_of_round;
+  }
+  const Position line = tiles_in_all + Position(params.batch - 1) * kItemCostTiles;
+  Position extent = worker_extent(line, params.num_workers);
+
+  // The shortest aligned stretch that is no longer than the packed one. A warp tries one length.
+  const Position least = worker_extent(tiles_in_all, params.num_workers);
+  bool is_aligned = false;
+  if (params.batch <= params.num_workers) {
+    for (u32 i = warp; i < kExtents; i += kPlanWarps) {
+      Position workers = 0;
+      for (i32 sequence = i32(lane); sequence < params.batch; sequence += i32(kWarpThreads)) {
+        workers += own_workers(tiles_at(sequence), least + i);
+      }
+      workers = inclusive_sum(workers);
+      if (lane == kWarpThreads - 1) fits[i] = workers <= params.num_workers;
+    }
+    __syncthreads();
+    for (u32 i = 0; i < kExtents && least + i <= extent && !is_aligned; ++i) {
+      is_aligned = fits[i];
+      if (is_aligned) extent = least + i;
+    }
+  }
+
+  Position spans_before = 0;
+  for (i32 round = 0; round < rounds; ++round) {
+    const i32 sequence = round * i32(kPlanThreads) + i32(threadIdx.x);
+    const i32 tiles = sequence < params.batch ? tiles_at(sequence) : 0;
+    Position spans_of_round;
+    const Position span = sequence < params.batch ? span_of(tiles, extent, is_aligned, kItemCostTiles) : 0;
+    const Position position = spans_before + exclusive_sum(span, warp_sums, spans_of_round);
+    spans_before += spans_of_round;
     if (sequence >= params.batch) continue;
 
     const i32 first = first_worker(position, extent, params.num_workers);
@@ -65,7 +100,9 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) mla_plan(const __grid
 
     const i32 previous_tiles = sequence > 0 ? tiles_at(sequence - 1) : 0;
     const Position previous_last =
-        sequence > 0 ? position - kItemCostTiles - previous_tiles + item_extent(previous_tiles) - 1 : -1;
+        sequence > 0
+            ? position - span_of(previous_tiles, extent, is_aligned, kItemCostTiles) + item_extent(previous_tiles) - 1
+            : -1;
     for (i32 worker = begin_workers_from(previous_last, extent); worker <= last; ++worker) {
       params.work[2 * worker] = sequence;
       params.work[2 * worker + 1] = begin_tile(worker, extent, position);

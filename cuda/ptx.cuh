@@ -23,9 +23,9 @@ __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier at the same offset in CTA `rank` of the cluster (mapa, then mbarrier.arrive). The arrival has CTA
-// scope, as is usual for barriers that hand a stage back to TMA: what it guards has been read by completed WGMMAs or
-// written before a proxy fence. release.cluster would put a MEMBAR.ALL.GPU before every arrival: 20 % of the time at
+// Arrives at the barrier at the same offset in CTA `rank` of the cluster (mapa, then mbarrier.arrive). The arrival has
+// CTA scope, as is usual for barriers that hand a stage back to TMA: what it guards has been read by completed WGMMAs
+// or written before a proxy fence. release.cluster would put a MEMBAR.ALL.GPU before every arrival: 20 % of the time at
 // b=128, h_q=128, s_q=2, s_k=16K on an H100.
 __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier, u32 rank) {
   asm volatile(
@@ -59,10 +59,24 @@ __device__ __forceinline__ void bar_sync(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The unaligned form, for a barrier that both groups wait at in their own copies of the code: compute-sanitizer's synccheck
-// takes the aligned one there for divergence. Costs 2 to 3 % where it stands in the loop over tiles.
+// The unaligned form, for a barrier that both groups wait at in their own copies of the code: compute-sanitizer's
+// synccheck takes the aligned one there for divergence. Costs 2 to 3 % where it stands in the loop over tiles.
 __device__ __forceinline__ void barrier_cta_sync(u32 id, u32 threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Waits as bar_sync, and tells every thread whether `value` holds in any of them.
+__device__ __forceinline__ bool bar_red_or(u32 id, u32 threads, bool value) {
+  u32 any;
+  asm volatile(
+      "{\n .reg .pred p, q;\n"
+      " setp.ne.u32 p, %3, 0;\n"
+      " bar.red.or.pred q, %1, %2, p;\n"
+      " selp.u32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(u32(value))
+      : "memory");
+  return any != 0;
 }
 
 __device__ __forceinline__ void bar_arrive(u32 id, u32 threads) {
@@ -77,8 +91,36 @@ __device__ __forceinline__ u32 cluster_ctarank() {
   return rank;
 }
 
-__device__ __forceinline__ void barrier_cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
+__device__ __forceinline__ void barrier_cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// ---- global counters ("ld.acquire, atom, red": Memory Consistency Model) ------------------------------------------------
+// With a CTA barrier before an arrival and after a load, they order what all threads of both CTAs wrote and read.
+
+__device__ __forceinline__ u32 ld_acquire_gpu(const u32* address) {
+  u32 value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ u32 atom_add_acq_rel_gpu(u32* address, u32 value) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ u32 atom_add_relaxed_gpu(u32* address, u32 value) {
+  u32 before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ void red_add_relaxed_gpu(u32* address, u32 value) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void red_add_release_gpu(u32* address, u32 value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // ---- proxies, register budgets, dependent grids --------------------------------------------------------------------
@@ -135,6 +177,11 @@ __device__ __forceinline__ void cp_async_bulk_tensor_4d(u32 destination, const T
       : "memory");
 }
 
+// Brings `bytes`, a multiple of 16, from global memory to L2.
+__device__ __forceinline__ void cp_async_bulk_prefetch(const void* source, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // The same into every CTA of `cta_mask`, at the same offset and counted on the barrier at the same offset of each.
 __device__ __forceinline__ void cp_async_bulk_tensor_4d_multicast(u32 destination, const TensorMap* map, u32 barrier,
                                                                   i32 c0, i32 c1, i32 c2, i32 c3, u16 cta_mask) {
@@ -154,15 +201,28 @@ __device__ __forceinline__ void stmatrix_x4(u32 address, u32 r0, u32 r1, u32 r2,
                : "memory");
 }
 
+// The same with every matrix transposed: the addresses are those of its columns.
+__device__ __forceinline__ void stmatrix_x4_trans(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
+
 __device__ __forceinline__ void st_shared_zero_16(u32 address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0u) : "memory");
 }
 
-// ---- arithmetic ("ex2.approx, cvt") --------------------------------------------------------------------
+// ---- arithmetic ("ex2.approx, rcp.approx, cvt") --------------------------------------------------------------------
 
 __device__ __forceinline__ float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -176,6 +236,19 @@ __device__ __forceinline__ u32 cvt_pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
   return packed;
+}
+
+// The inverse: two floats from packed elements.
+template <typename Element>
+__device__ __forceinline__ void cvt_unpack(u32 packed, float& low, float& high) {
+  if constexpr (kIsSame<Element, Bf16>) {
+    low = __uint_as_float(packed << 16);
+    high = __uint_as_float(packed & 0xffff0000u);
+  } else {
+    asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;\n}"
+        : "=f"(low), "=f"(high)
+        : "r"(packed));
+  }
 }
 
 // ---- WGMMA ("Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions") --------------------------------
@@ -199,7 +272,10 @@ __device__ __forceinline__ void keep_order(float (&registers)[kCount]) {
 #define MLA_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MLA_ACC16(i) MLA_ACC4(i), MLA_ACC4(i + 4), MLA_ACC4(i + 8), MLA_ACC4(i + 12)
 #define MLA_ACC32(i) MLA_ACC16(i), MLA_ACC16(i + 16)
+#define MLA_ACC8(i) MLA_ACC4(i), MLA_ACC4(i + 4)
 #define MLA_ACC128 MLA_ACC32(0), MLA_ACC32(32), MLA_ACC32(64), MLA_ACC32(96)
+#define MLA_REGS8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define MLA_REGS16 MLA_REGS8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define MLA_REGS32 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -229,6 +305,57 @@ __device__ __forceinline__ void keep_order(float (&registers)[kCount]) {
                " {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n}"                                    \
                : MLA_ACC128                                                                         \
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
+
+// `N` accumulators follow the shape: 8 for n16, 16 for n32; the descriptors, the flag and the transposition of a come
+// next.
+#define MLA_WGMMA_M64K16_SS(SHAPE, TYPE, REGS, ACC, A, B, P, TRANSPOSED)                       \
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, " P ", 0;\n"                               \
+               " wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGS "},"     \
+               " " A ", " B ", p, 1, 1, " TRANSPOSED ", 0;\n}"                                 \
+               : ACC                                                                           \
+               : "l"(a), "l"(b), "r"(accumulate))
+#define MLA_WGMMA_M64N16K16(TYPE, TRANSPOSED) \
+  MLA_WGMMA_M64K16_SS("m64n16k16", TYPE, MLA_REGS8, MLA_ACC8(0), "%8", "%9", "%10", TRANSPOSED)
+#define MLA_WGMMA_M64N32K16(TYPE, TRANSPOSED) \
+  MLA_WGMMA_M64K16_SS("m64n32k16", TYPE, MLA_REGS16, MLA_ACC16(0), "%16", "%17", "%18", TRANSPOSED)
+
+// d[64 x N] = a[64 x 16] * b[N x 16]^T, plus d if `accumulate`; a and b K-major in shared memory.
+template <typename Element, int kAccumulators>
+__device__ __forceinline__ void wgmma_m64k16_ss(float (&d)[kAccumulators], u64 a, u64 b, u32 accumulate) {
+  static_assert(kAccumulators == 8 || kAccumulators == 16, "n16 and n32");
+  if constexpr (kAccumulators == 8) {
+    if constexpr (kIsSame<Element, Bf16>) {
+      MLA_WGMMA_M64N16K16("bf16", "0");
+    } else {
+      MLA_WGMMA_M64N16K16("f16", "0");
+    }
+  } else {
+    if constexpr (kIsSame<Element, Bf16>) {
+      MLA_WGMMA_M64N32K16("bf16", "0");
+    } else {
+      MLA_WGMMA_M64N32K16("f16", "0");
+    }
+  }
+}
+
+// d[64 x N] = a[16 x 64]^T * b[N x 16]^T, plus d if `accumulate`; a M-major, b K-major in shared memory.
+template <typename Element, int kAccumulators>
+__device__ __forceinline__ void wgmma_m64k16_ts(float (&d)[kAccumulators], u64 a, u64 b, u32 accumulate) {
+  static_assert(kAccumulators == 8 || kAccumulators == 16, "n16 and n32");
+  if constexpr (kAccumulators == 8) {
+    if constexpr (kIsSame<Element, Bf16>) {
+      MLA_WGMMA_M64N16K16("bf16", "1");
+    } else {
+      MLA_WGMMA_M64N16K16("f16", "1");
+    }
+  } else {
+    if constexpr (kIsSame<Element, Bf16>) {
+      MLA_WGMMA_M64N32K16("bf16", "1");
+    } else {
+      MLA_WGMMA_M64N32K16("f16", "1");
+    }
+  }
+}
 
 // d[64 x 64] = a[64 x 16] * b[64 x 16]^T, plus d if `accumulate`; a and b K-major in shared memory.
 template <typename Element>
@@ -263,9 +390,15 @@ __device__ __forceinline__ void wgmma_m64n256k16_rs(float (&d)[128], u32 a0, u32
 #undef MLA_WGMMA_M64N64K16_SS
 #undef MLA_WGMMA_M64N256K16_SS
 #undef MLA_WGMMA_M64N256K16_RS
+#undef MLA_WGMMA_M64N32K16
+#undef MLA_WGMMA_M64N16K16
+#undef MLA_WGMMA_M64K16_SS
 #undef MLA_REGS128
 #undef MLA_REGS32
+#undef MLA_REGS16
+#undef MLA_REGS8
 #undef MLA_ACC128
 #undef MLA_ACC32
 #undef MLA_ACC16
+#undef MLA_ACC8
 #undef MLA_ACC4

@@ -1,8 +1,11 @@
 // The split-KV schedule's arithmetic, free of CUDA so that a host compiler can check it against mlacore/plan.py.
 //
-// All sequences lie end to end on a line: sequence b takes tiles(b) positions, and every change from one sequence to the
-// next costs MLA_ITEM_COST_TILES more (prologue and epilogue of an item). Cutting the line into equal stretches, one a
-// worker, balances tiles + cost * (items - 1) within one tile; a cut inside a sequence splits it.
+// All sequences lie end to end on a line, each on its span, and equal cuts of the line, one stretch a worker, are the
+// schedule; a cut inside a sequence splits it. Two ways to lay them out:
+//
+// packed   a span is the sequence's tiles and an item cost more, which is what another item costs a worker (prologue,
+//          epilogue, merge). Stretches balance tiles + cost * (items - 1) within one tile.
+// aligned  a span is a whole number of stretches: no worker has more than one item. Taken where stretches get no longer.
 #pragma once
 
 #ifndef MLA_SCHEDULE_FUNCTION
@@ -22,6 +25,16 @@ MLA_SCHEDULE_FUNCTION int item_extent(int tiles) { return tiles > 0 ? tiles : 1;
 MLA_SCHEDULE_FUNCTION Position worker_extent(Position total, int workers) {
   const Position extent = (total + workers - 1) / workers;
   return extent > 0 ? extent : 1;
+}
+
+// Workers of `extent` positions that a sequence takes when it shares none with another.
+MLA_SCHEDULE_FUNCTION Position own_workers(int tiles, Position extent) {
+  return (item_extent(tiles) + extent - 1) / extent;
+}
+
+// Positions from one sequence to the next.
+MLA_SCHEDULE_FUNCTION Position span_of(int tiles, Position extent, bool is_aligned, int item_cost_tiles) {
+  return is_aligned ? own_workers(tiles, extent) * extent : Position(tiles) + item_cost_tiles;
 }
 
 // First and last worker of the sequence at `position`.

@@ -1,8 +1,8 @@
 // Online softmax in base 2 over one row fragment: S arrives as raw dot products, the scale (softmax_scale * log2 e) is
-// folded into the exponent. A row's state is kept relative to a reference: its maximum at the time the reference was set.
-// The reference moves only when probabilities outgrow it by kReferenceSlack or more, so that in most tiles no maximum is
-// taken, nothing is reduced across lanes and nothing is rescaled; a 16-bit probability above 1 has the same relative error
-// as one below. A row with nothing but masked scores keeps reference -inf and sum 0 without NaN.
+// folded into the exponent. A row's state is kept relative to a reference: its maximum at the time the reference was
+// set. The reference moves only when probabilities outgrow it by kReferenceSlack or more, so that in most tiles no
+// maximum is taken, nothing is reduced across lanes and nothing is rescaled; a 16-bit probability above 1 has the same
+// relative error as one below. A row with nothing but masked scores keeps reference -inf and sum 0 without NaN.
 #pragma once
 #include "layout.cuh"
 #include "ptx.cuh"
@@ -62,8 +62,8 @@ __device__ __forceinline__ RowPair rescale_factors(const RowPair& from, const Ro
   return {ex2(from.r[0] - finite_or_zero(to.r[0])), ex2(from.r[1] - finite_or_zero(to.r[1]))};
 }
 
-// Probabilities relative to `reference`, packed in pairs of columns; returns this thread's share of the row sums (before
-// rounding).
+// Probabilities relative to `reference`, packed in pairs of columns; returns this thread's share of the row sums
+// (before rounding).
 template <typename Element, int kScores>
 __device__ __forceinline__ RowPair exponentiate(const float (&scores)[kScores], u32 (&probabilities)[kScores / 2],
                                                 const RowPair& reference, float scale_log2) {

@@ -1,4 +1,5 @@
-// Integer names, the two element types, and packing of float32 pairs. No headers: NVRTC compiles these sources as they are.
+// Integer names, the two element types, and packing of float32 pairs. No headers: NVRTC compiles these sources as they
+// are.
 #pragma once
 
 using u16 = unsigned short;

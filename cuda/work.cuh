@@ -1,10 +1,11 @@
-// A CTA's share of the work: a block of query rows, and its worker's items of the schedule (sequence, range of tiles), which
-// every role walks in step.
+// A CTA's share of the work: a block of query rows, and its worker's items of the schedule (sequence, range of tiles),
+// which every role walks in step.
 #pragma once
 #include "params.cuh"
 #include "schedule.cuh"
 
-constexpr u32 kTileRows = MLA_TILE_ROWS;  // query rows of a CTA
+constexpr u32 kTileRows = MLA_TILE_ROWS;      // query rows of a CTA
+constexpr u32 kTileTokens = MLA_TILE_TOKENS;  // cache rows of a tile
 
 // What a CTA works on; the same for all roles.
 struct Block {
@@ -12,6 +13,11 @@ struct Block {
   i32 kv_head;
   i32 row_block;
 };
+
+// Index of this block in an array [workers or slots, num_kv_heads, row_blocks].
+__device__ __forceinline__ i64 index_of_block(const DecodeParams& params, const Block& block, i32 worker) {
+  return i64(worker) * params.blocks_per_worker + (block.kv_head * params.row_blocks + block.row_block);
+}
 
 // Position of a query row of this CTA in q, out and lse.
 struct QueryRow {
@@ -27,42 +33,67 @@ struct QueryRow {
   }
 };
 
+// The same for all rows of the CTA, worked out once: the divisions behind it are slow.
+struct RowTable {
+  i32 out_row[kTileRows];        // row of a sequence's out, -1 if there is none
+  i32 lse_row[kTileRows];        // index within a sequence's lse
+  i32 hidden_tokens[kTileRows];  // last tokens of the sequence that the row does not see
+
+  __device__ __forceinline__ void fill(const DecodeParams& params, const Block& block, u32 row) {
+    const QueryRow at(params, block, row);
+    out_row[row] = at.exists ? at.seq * params.num_heads + at.head : -1;
+    lse_row[row] = at.head * params.seq_len_q + at.seq;
+    hidden_tokens[row] = params.causal && at.exists ? params.seq_len_q - 1 - at.seq : 0;
+  }
+};
+
 struct Item {
   i32 sequence;
   i32 length;      // tokens of the sequence
   i32 begin_tile;  // tiles [begin_tile, end_tile) of it
   i32 end_tile;
   bool is_first;   // of this worker
+  bool is_last;
 
   __device__ __forceinline__ i32 num_tiles() const { return end_tile - begin_tile; }
 };
 
-template <i32 kTileTokens>
 class WorkerItems {
  public:
   __device__ __forceinline__ WorkerItems(const DecodeParams& params, i32 worker) : params_(params) {
-    begin_sequence_ = sequence_ = params.work[2 * worker];
-    begin_tile_ = params.work[2 * worker + 1];
-    end_sequence_ = params.work[2 * worker + 2];
-    end_tile_ = params.work[2 * worker + 3];
+    const int2* work = reinterpret_cast<const int2*>(params.work) + worker;
+    const int2 begin = work[0], end = work[1];
+    const bool ends_inside = end.y > 0;
+    sequence_ = begin.x;
+    begin_tile_ = begin.y;
+    last_sequence_ = ends_inside ? end.x : end.x - 1;
+    last_end_tile_ = ends_inside ? end.y : kNoEnd;
   }
 
   // Fills `item` with the next item, or returns false. Empty sequences are items without tiles.
   __device__ __forceinline__ bool next(Item& item) {
-    const bool is_first = sequence_ == begin_sequence_;
-    const i32 begin = is_first ? begin_tile_ : 0;
-    if (sequence_ > end_sequence_ || (sequence_ == end_sequence_ && begin >= end_tile_)) return false;
+    if (sequence_ > last_sequence_) return false;
+    const bool is_first = begin_tile_ != kLaterItem, is_last = sequence_ == last_sequence_;
     const i32 length = params_.cache_seqlens[sequence_];
-    const i32 tiles = tiles_of(length, kTileTokens);
-    const i32 end = sequence_ == end_sequence_ ? min(end_tile_, tiles) : tiles;
-    item = {sequence_, length, begin, max(begin, end), is_first};
+    const i32 tiles = tiles_of(length, i32(kTileTokens));
+    const i32 begin = is_first ? begin_tile_ : 0, end = is_last ? min(last_end_tile_, tiles) : tiles;
+    item = {sequence_, length, begin, max(begin, end), is_first, is_last};
     ++sequence_;
+    begin_tile_ = kLaterItem;
     return true;
   }
 
+  // Before the first next().
+  __device__ __forceinline__ bool has_items() const { return sequence_ <= last_sequence_; }
+  __device__ __forceinline__ i32 first_sequence() const { return sequence_; }
+  __device__ __forceinline__ i32 first_tile() const { return begin_tile_; }
+  __device__ __forceinline__ i32 last_sequence() const { return last_sequence_; }
+
  private:
+  static constexpr i32 kLaterItem = -1;
+  static constexpr i32 kNoEnd = 0x7fffffff;
   const DecodeParams& params_;
-  i32 begin_sequence_, begin_tile_, end_sequence_, end_tile_, sequence_;
+  i32 sequence_, begin_tile_, last_sequence_, last_end_tile_;
 };
 
 // One tile of an item, as the consumers need it.
@@ -74,7 +105,7 @@ struct Tile {
 };
 
 // The tiles of an item; `tiles_before` counts those of earlier items, which fixes stages and phases.
-template <u32 kTileTokens, u32 kStages>
+template <u32 kStages>
 struct ItemTiles {
   i32 count;
   i32 begin_tile;
@@ -92,6 +123,6 @@ struct ItemTiles {
     const u32 position = tiles_before + u32(index);
     const i32 first_token = (begin_tile + index) * i32(kTileTokens);
     return {position % kStages, position / kStages % 2, length - first_token,
-            first_token + i32(kTileTokens) > shortest_limit};
+            length - first_token < i32(kTileTokens) || first_token > shortest_limit - i32(kTileTokens)};
   }
 };

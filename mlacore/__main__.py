@@ -24,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 1
         return 0
-    from mlacore import demo
+    from mlacore import demo, demo_steps
 
-    return demo.run(
+    run = demo_steps.run if arguments.graph else demo.run
+    return run(
         device=arguments.device,
         batch=arguments.batch,
         max_length=arguments.max_length,
@@ -60,11 +61,20 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: the GPU where a Hopper GPU and its libraries are there, else the CPU (default: %(default)s)",
     )
-    demo.add_argument("--batch", type=_positive, help="sequences (default: 64 on the GPU, 8 on the CPU)")
     demo.add_argument(
-        "--max-length", type=_positive, help="longest sequence, tokens (default: 32768 on the GPU, 4096 on the CPU)"
+        "--graph",
+        action="store_true",
+        help="steps through several layers instead, each launched call by call and then replayed as one CUDA graph",
     )
-    demo.add_argument("--steps", type=_positive, help="decode steps (default: 200)")
+    demo.add_argument(
+        "--batch", type=_positive, help="sequences (default: 64 on the GPU, 8 on the CPU; half of that with --graph)"
+    )
+    demo.add_argument(
+        "--max-length",
+        type=_positive,
+        help="longest sequence, tokens (default: 32768 on the GPU, 4096 on the CPU; an eighth with --graph)",
+    )
+    demo.add_argument("--steps", type=_positive, help="decode steps (default: 200, with --graph 256)")
     demo.add_argument("--seed", type=int, default=0, help="of lengths and data (default: %(default)s)")
     commands.add_parser(
         "compile",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mlacore import arrays, cpu, shapes, switches
-from mlacore.params import HEAD_DIM_QK, HEAD_DIM_V, KV_LORA_RANK, PAGE_SIZE, QK_ROPE_HEAD_DIM
+from mlacore import decode_checks as checks
+from mlacore.params import HEAD_DIM_V
 from mlacore.plan import DecodePlan, plan_decode
 
 
@@ -38,8 +41,9 @@ def mla_decode(
     q : bfloat16 or float16 ``[batch, seq_len_q, num_heads, 576]``
         Absorbed queries: 512 values against the latent, then 64 against the RoPE key. NumPy may also be float32, for
         all arguments that share this dtype.
-    kv_cache : dtype of q ``[num_pages, 64, num_kv_heads, 576]``
-        Pool of pages. Strides but the last are free multiples of 16 bytes, so one layer of an interleaved pool will do.
+    kv_cache : dtype of q ``[num_pages, page_size, num_kv_heads, 576]``
+        Pool of pages of 16, 32, 64, 128 or 256 tokens. Strides but the last are free multiples of 16 bytes, so one
+        layer of an interleaved pool will do.
     block_table : int32 ``[batch, max_pages]``
         Pages of each sequence, in order. Entries past a sequence's last page may hold anything.
     cache_seqlens : int32 ``[batch]``
@@ -83,45 +87,98 @@ def mla_decode(
     mlacore.reference.mla_decode_reference : the same in float64, as the definition.
     """
     given_out, given_lse = out, lse
-    named = {"q": q, "kv_cache": kv_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
-    named |= {name: buffer for name, buffer in (("out", out), ("lse", lse)) if buffer is not None}
-    on_numpy = arrays.on_numpy(**named)
-    if on_numpy:
-        arrays.check_no_stream(stream)
-    else:
+    if not arrays.are_cupy(
+        q, kv_cache, block_table, cache_seqlens, q if out is None else out, q if lse is None else lse
+    ):
+        named = {"q": q, "kv_cache": kv_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
+        named |= {name: buffer for name, buffer in (("out", out), ("lse", lse)) if buffer is not None}
+        if arrays.on_numpy(**named):
+            arrays.check_no_stream(stream)
+            return _decode_numpy(
+                q, kv_cache, block_table, cache_seqlens, out, lse, plan, head_dim_v, softmax_scale, causal
+            )
         named = _to_device(named, stream)
         q, kv_cache, block_table, cache_seqlens = (named[n] for n in ("q", "kv_cache", "block_table", "cache_seqlens"))
         out, lse = named.get("out"), named.get("lse")
 
-    dims = _check_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v, out, lse)
-    scale = shapes.resolve_scale(softmax_scale, HEAD_DIM_QK)
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal: got {type(causal).__name__}, expected a bool")
-    causal = bool(causal)
-    if plan is not None:
-        _check_plan(plan, dims, causal, arrays.device_of(q))
+    layouts = (_layout(q), _layout(kv_cache), _layout(block_table), _layout(cache_seqlens), _layout(out), _layout(lse))
+    # Types too, since True == 1 == 1.0, of which a call takes one.
+    scalars = (head_dim_v, softmax_scale, causal, type(head_dim_v), type(softmax_scale), type(causal))
+    addresses = q.data.ptr | kv_cache.data.ptr | (0 if out is None else out.data.ptr)
+    launch = None
+    if isinstance(plan, DecodePlan) and addresses % shapes.ALIGNMENT_BYTES == 0:
+        try:
+            launch = _prepared.get((layouts, scalars, _plan_shape(plan)))
+        except TypeError:  # a scalar that cannot be hashed is a mistake, named below
+            launch = None
+    if launch is None:
+        scale = checks.check_call(
+            q, kv_cache, block_table, cache_seqlens, out, lse, plan, head_dim_v, softmax_scale, causal
+        )
     if switches.checks_indices():
-        _check_indices(block_table, cache_seqlens, dims["num_pages"], stream)
-
+        checks.check_indices(block_table, cache_seqlens, len(kv_cache), kv_cache.shape[1], stream)
     if plan is None:
-        counts = {name: dims[name] for name in ("num_heads", "seq_len_q", "num_kv_heads")}
-        plan = plan_decode(cache_seqlens, **counts, causal=causal, stream=stream)
-    batch, seq_len_q, num_heads, _ = q.shape
-    out_shape, lse_shape = (batch, seq_len_q, num_heads, HEAD_DIM_V), (batch, num_heads, seq_len_q)
-    if on_numpy:
-        out = np.empty(out_shape, q.dtype) if out is None else out
-        lse = np.empty(lse_shape, np.float32) if lse is None else lse
-        cpu.decode(q, kv_cache, block_table, cache_seqlens, plan, out, lse, scale, causal)
-    else:
+        plan = _plan_for(q, kv_cache, cache_seqlens, causal, stream)
+    if launch is None:
         from mlacore import driver
 
-        stream = arrays.as_stream(stream, q.data.device_id)
-        if out is None or lse is None:
-            with arrays.on_device(q.data.device_id, stream) as cupy:
-                out = cupy.empty(out_shape, q.dtype) if out is None else out
-                lse = cupy.empty(lse_shape, cupy.float32) if lse is None else lse
-        driver.launch_decode(q, kv_cache, block_table, cache_seqlens, plan, out, lse, scale, causal, stream)
+        launch = driver.prepare_decode(q, kv_cache, block_table, plan, scale, bool(causal))
+        if len(_prepared) >= _MAX_PREPARED:
+            _prepared.clear()
+        _prepared[layouts, scalars, _plan_shape(plan)] = launch
+    device = q.data.device_id
+    stream = arrays.as_stream(stream, device)
+    if out is None or lse is None:
+        batch, seq_len_q, num_heads, _ = q.shape
+        with arrays.on_device(device, stream) as cupy:
+            out = cupy.empty((batch, seq_len_q, num_heads, HEAD_DIM_V), q.dtype) if out is None else out
+            lse = cupy.empty((batch, num_heads, seq_len_q), cupy.float32) if lse is None else lse
+    launch(q, kv_cache, block_table, cache_seqlens, plan, out, lse, stream)
     return (out if given_out is None else given_out), (lse if given_lse is None else given_lse)
+
+
+# All that a GPU call is checked for, addresses apart -> its launch. A serving loop repeats few of them, and checking
+# takes longer than launching.
+_prepared: dict[tuple, Any] = {}
+_MAX_PREPARED = 256
+_plan_shape = operator.attrgetter(*(field.name for field in dataclasses.fields(DecodePlan) if field.type != "Any"))
+
+
+def _layout(array: Any) -> tuple | None:
+    """All that is checked of a CuPy array but its address."""
+    return None if array is None else (array.shape, array.strides, array.dtype, array.data.device_id)
+
+
+def _decode_numpy(
+    q: Any,
+    kv_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    out: Any,
+    lse: Any,
+    plan: Any,
+    head_dim_v: Any,
+    softmax_scale: Any,
+    causal: Any,
+) -> tuple[Any, Any]:
+    scale = checks.check_call(
+        q, kv_cache, block_table, cache_seqlens, out, lse, plan, head_dim_v, softmax_scale, causal
+    )
+    if switches.checks_indices():
+        checks.check_indices(block_table, cache_seqlens, len(kv_cache), kv_cache.shape[1], None)
+    if plan is None:
+        plan = _plan_for(q, kv_cache, cache_seqlens, causal, None)
+    batch, seq_len_q, num_heads, _ = q.shape
+    out = np.empty((batch, seq_len_q, num_heads, HEAD_DIM_V), q.dtype) if out is None else out
+    lse = np.empty((batch, num_heads, seq_len_q), np.float32) if lse is None else lse
+    cpu.decode(q, kv_cache, block_table, cache_seqlens, plan, out, lse, scale, bool(causal))
+    return out, lse
+
+
+def _plan_for(q: Any, kv_cache: Any, cache_seqlens: Any, causal: Any, stream: Any) -> DecodePlan:
+    _, seq_len_q, num_heads, _ = q.shape
+    counts = {"num_heads": num_heads, "seq_len_q": seq_len_q, "num_kv_heads": kv_cache.shape[2]}
+    return plan_decode(cache_seqlens, **counts, causal=bool(causal), stream=stream)
 
 
 def merge_states(outs: Any, lses: Any, *, stream: Any = None) -> tuple[Any, Any]:
@@ -172,8 +229,8 @@ def merge_states(outs: Any, lses: Any, *, stream: Any = None) -> tuple[Any, Any]
         allowed, source = (arrays.CPU_DTYPES, "a result of mla_decode") if i == 0 else ([outs[0].dtype], "from outs[0]")
         shapes.check_dtype(f"outs[{i}]", part.dtype, allowed, source)
         shapes.check_dtype(f"lses[{i}]", part_lse.dtype, [arrays.float32], "lse is float32")
-        _check_device(f"outs[{i}]", part, outs[0], "outs[0]")
-        _check_device(f"lses[{i}]", part_lse, outs[0], "outs[0]")
+        checks.check_device(f"outs[{i}]", part, outs[0], "outs[0]")
+        checks.check_device(f"lses[{i}]", part_lse, outs[0], "outs[0]")
     if not arrays.is_numpy(outs[0]):
         context = _on_device_of(outs[0], stream)
     with context as xp, np.errstate(divide="ignore"):
@@ -203,107 +260,3 @@ def _on_device_of(array: Any, stream: Any) -> Any:
 def _to_device(named: dict[str, Any], stream: Any) -> dict[str, Any]:
     importer = None if stream is None else arrays.as_stream(stream)
     return {name: arrays.to_device(name, array, importer) for name, array in named.items()}
-
-
-def _check_arguments(
-    q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, head_dim_v: Any, out: Any, lse: Any
-) -> shapes.Dims:
-    """Shapes, dtypes, devices and strides of one decode call; returns its dimensions."""
-    dims = shapes.Dims()
-    dims.bind("head_dim", HEAD_DIM_QK, f"kv_lora_rank {KV_LORA_RANK} + qk_rope_head_dim {QK_ROPE_HEAD_DIM}")
-    dims.bind("head_dim_v", HEAD_DIM_V, "kv_lora_rank")
-    dims.bind("page_size", PAGE_SIZE, "the only page size supported")
-    dims.match("cache_seqlens", cache_seqlens.shape, ("batch",))
-    dims.match("block_table", block_table.shape, ("batch", "max_pages"))
-    dims.match("q", q.shape, ("batch", "seq_len_q", "num_heads", "head_dim"))
-    dims.match("kv_cache", kv_cache.shape, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
-    if dims["num_heads"] % dims["num_kv_heads"]:
-        raise ValueError(
-            f"kv_cache: got num_kv_heads={dims['num_kv_heads']}, expected a divisor of "
-            f"num_heads={dims['num_heads']} (from q)"
-        )
-    if not isinstance(head_dim_v, (int, np.integer)) or head_dim_v != HEAD_DIM_V:
-        raise ValueError(f"head_dim_v: got {head_dim_v!r}, expected {HEAD_DIM_V} (kv_lora_rank)")
-
-    if arrays.is_numpy(q):
-        shapes.check_dtype("q", q.dtype, arrays.CPU_DTYPES, "supported in NumPy")
-    else:
-        shapes.check_dtype("q", q.dtype, arrays.GPU_DTYPES, "what the GPU kernels take")
-    shapes.check_dtype("kv_cache", kv_cache.dtype, [q.dtype], "from q")
-    shapes.check_dtype("block_table", block_table.dtype, [arrays.int32], "page ids are int32")
-    shapes.check_dtype("cache_seqlens", cache_seqlens.dtype, [arrays.int32], "lengths are int32")
-
-    shapes.check_rows("q", q)
-    shapes.check_rows("kv_cache", kv_cache)
-    shapes.check_last_axis("block_table", block_table)
-    shapes.check_contiguous("cache_seqlens", cache_seqlens)
-    for name, array in {"kv_cache": kv_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}.items():
-        _check_device(name, array, q, "q")
-
-    if out is not None:
-        dims.match("out", out.shape, ("batch", "seq_len_q", "num_heads", "head_dim_v"))
-        _check_buffer("out", out, q.dtype, "from q", q)
-    if lse is not None:
-        dims.match("lse", lse.shape, ("batch", "num_heads", "seq_len_q"))
-        _check_buffer("lse", lse, arrays.float32, "lse is float32", q)
-    return dims
-
-
-def _check_buffer(argument: str, buffer: Any, dtype: Any, source: str, q: Any) -> None:
-    shapes.check_dtype(argument, buffer.dtype, [dtype], source)
-    shapes.check_contiguous(argument, buffer)
-    _check_device(argument, buffer, q, "q")
-    if arrays.is_numpy(buffer) and not buffer.flags.writeable:
-        raise ValueError(f"{argument}: got a read-only array, expected a writable one")
-    if argument == "out":
-        shapes.check_rows(argument, buffer)
-
-
-def _check_device(argument: str, array: Any, model: Any, model_name: str) -> None:
-    got, expected = arrays.device_of(array), arrays.device_of(model)
-    if got != expected:
-        raise ValueError(
-            f"{argument}: got an array on {arrays.device_name(got)}, expected {arrays.device_name(expected)} "
-            f"(from {model_name})"
-        )
-
-
-def _check_plan(plan: Any, dims: shapes.Dims, causal: bool, device: int | None) -> None:
-    if not isinstance(plan, DecodePlan):
-        raise TypeError(f"plan: got {type(plan).__name__}, expected a DecodePlan (from plan_decode) or None")
-    if plan.device != device:
-        got, expected = arrays.device_name(plan.device), arrays.device_name(device)
-        raise ValueError(f"plan: got a plan for {got}, expected one for {expected} (from q)")
-    for name in ("batch", "seq_len_q", "num_heads", "num_kv_heads"):
-        size = getattr(plan, name)
-        if size != dims[name]:
-            raise ValueError(f"plan: got a plan for {name}={size}, expected {name}={dims[name]} ({dims.source(name)})")
-    if plan.causal != causal:
-        raise ValueError(f"plan: got a plan for causal={plan.causal}, expected causal={causal} (from this call)")
-
-
-def _check_indices(table: Any, lengths: Any, num_pages: int, stream: Any) -> None:
-    """The checking mode: every length fits its row of the table, every page that is used lies in the pool."""
-    if not arrays.is_numpy(table):
-        table, lengths = (
-            array.get(stream=arrays.as_stream(stream, table.data.device_id)) for array in (table, lengths)
-        )
-    lengths = lengths.astype(np.int64)
-    max_pages = table.shape[1]
-    columns = -(-lengths // PAGE_SIZE)
-    bad_lengths = np.flatnonzero((lengths < 0) | (columns > max_pages))
-    if bad_lengths.size:
-        sequence = bad_lengths[0]
-        needs = f", which needs column {columns[sequence] - 1} of block_table" if lengths[sequence] > 0 else ""
-        raise IndexError(
-            f"cache_seqlens: sequence {sequence} got length {lengths[sequence]}{needs}, expected "
-            f"0 <= length <= {max_pages * PAGE_SIZE} (max_pages={max_pages} from block_table, page_size={PAGE_SIZE})"
-        )
-    used = np.arange(max_pages) < columns[:, None]
-    bad_pages = np.argwhere(used & ((table < 0) | (table >= num_pages)))
-    if bad_pages.size:
-        sequence, column = bad_pages[0]
-        raise IndexError(
-            f"block_table: sequence {sequence}, column {column} got page {table[sequence, column]}, expected "
-            f"0 <= page < {num_pages} (num_pages from kv_cache)"
-        )

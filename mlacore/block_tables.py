@@ -1,13 +1,15 @@
-"""Block table updates: what one step changes, as one record, applied by NumPy or by one Numba launch.
+"""Block table updates: what one step changes, as one record, applied by NumPy or on the device.
 
-The host's books (`mlacore.host_tables`) write a record, `TableChanges`; the mirrors (`apply_changes_cuda` on a GPU) and
-then the books themselves (`apply_changes_numpy`) are brought up to date from it. It is a single int32 array, so one
-upload:
+The host's books (`mlacore.host_tables`) write a record, `TableChanges`; the mirrors and then the books themselves are
+brought up to date from it. It is a single int32 array, field by field, then the pages:
 
-    record 0 | record 1 | … | record n-1 | new pages of record 0 | new pages of record 1 | …
+    SEQ of all records | LENGTH of all | … | new pages of record 0 | new pages of record 1 | …
 
-A record may add pages to a row, set the row's length and ask for the slots of a run of tokens. Each of the three may be
-empty, so that growing, freeing, truncating and copying a row are all the same update.
+A record sets a row's length and how far the device may advance it by itself, puts pages into the row, and asks for the
+slots of its last tokens. Each may be empty, so that growing, reserving, truncating, forking and freeing a row are all
+the same update. On a GPU a step of short records goes into a launch by value (`mlacore.cache_kernels.launch_update`);
+prompts, whose records are long, go through `apply_changes`, a Numba-CUDA kernel. `advance_rows`, another one, makes a
+step with no record at all.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
-# Fields of a record. `*_AT` are indices: into the slots of this step, and into the packed array itself.
-SEQ, LENGTH, FIRST_TOKEN, NUM_TOKENS, SLOTS_AT, FIRST_COLUMN, NUM_PAGES, PAGES_AT = range(8)
-NUM_FIELDS = 8
+# Fields of a record. TOKENS > 0: the last TOKENS tokens are new, and their slots are asked for; TOKENS < 0: the device
+# may add -TOKENS tokens by itself. The new pages are the row's last ones: they end where length and room end.
+# `*_AT` are indices: into the slots of this step, and into the packed array itself.
+SEQ, LENGTH, TOKENS, SLOTS_AT, NUM_PAGES, PAGES_AT = range(6)
+NUM_FIELDS = 6
 
 # One warp a block spreads a step of many one-token changes over the SMs. Numba warns about any grid below 128 blocks
 # (CUDA_LOW_OCCUPANCY_WARNINGS), hence the minimum; blocks that find nothing to do leave at once.
@@ -28,7 +32,7 @@ THREADS_PER_BLOCK = 32
 MIN_BLOCKS = 128
 MAX_BLOCKS_Y = 65535
 
-cuda: Any = None  # numba.cuda, from the first launch on: the kernel's body names it as a global
+cuda: Any = None  # numba.cuda, from the first launch on: the kernels' bodies name it as a global
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +42,22 @@ class TableChanges:
     Attributes
     ----------
     packed : numpy.ndarray
-        int32 ``[num_changes * NUM_FIELDS + new pages]``.
+        int32 ``[NUM_FIELDS * num_changes + new pages]``.
     num_changes : int
         Rows of the table that change, each once.
     num_tokens : int
         Tokens whose slots are asked for, over all records.
     longest : int
-        Largest number of pages or tokens of one record.
+        Largest number of pages or asked tokens of one record.
+    reserves : bool
+        Whether the device may add tokens to a row.
     """
 
     packed: np.ndarray
     num_changes: int
     num_tokens: int
     longest: int
+    reserves: bool
 
     @classmethod
     def pack(
@@ -58,40 +65,68 @@ class TableChanges:
         seqs: np.ndarray,
         *,
         lengths: Any,
-        first_tokens: Any = 0,
-        num_tokens: Any = 0,
-        first_columns: Any = 0,
-        num_pages: Any = 0,
+        tokens: Any = 0,
+        num_pages: np.ndarray | None = None,
         pages: Any = (),
+        some: np.ndarray | None = None,
     ) -> TableChanges:
         """Pack `[n]` values per field, or one for all; `pages` are the new pages of all records, one after the other.
+        With `some`, `num_pages` is that of these records, at least 1, and of the others 0.
 
-        The tokens ``[first, first + num)`` of a row must lie in pages that it holds already or gets here, and the new
-        pages fill the columns from ``first_columns`` on.
+        The tokens asked for must lie in pages that the row holds already or gets here.
         """
         n = len(seqs)
         packed = np.empty(n * NUM_FIELDS + len(pages), np.int32)
+        records = packed[: n * NUM_FIELDS].reshape(NUM_FIELDS, n)
+        records[SEQ] = seqs
+        records[LENGTH] = lengths
+        records[TOKENS] = tokens
+        if isinstance(tokens, int):
+            longest, reserves = max(tokens, 0) if n else 0, tokens < 0
+            total = longest * n
+            records[SLOTS_AT] = _even_slots(n, longest)
+        else:
+            asked = np.maximum(records[TOKENS], 0)
+            ends = np.cumsum(asked)
+            records[SLOTS_AT] = ends - asked
+            total, longest = (int(ends[-1]), int(asked.max())) if n else (0, 0)
+            reserves = bool((records[TOKENS] < 0).any())
+        if num_pages is None:  # most steps
+            records[NUM_PAGES:] = 0
+            return cls(packed, n, total, longest, reserves)
         packed[n * NUM_FIELDS :] = pages
-        records = packed[: n * NUM_FIELDS].reshape(n, NUM_FIELDS)
-        records[:, SEQ] = seqs
-        records[:, LENGTH] = lengths
-        records[:, FIRST_TOKEN] = first_tokens
-        records[:, NUM_TOKENS] = num_tokens
-        records[:, FIRST_COLUMN] = first_columns
-        records[:, NUM_PAGES] = num_pages
-        records[:, SLOTS_AT] = np.cumsum(records[:, NUM_TOKENS]) - records[:, NUM_TOKENS]
-        records[:, PAGES_AT] = np.cumsum(records[:, NUM_PAGES]) - records[:, NUM_PAGES] + n * NUM_FIELDS
-        longest = int(records[:, [NUM_TOKENS, NUM_PAGES]].max(initial=0))
-        return cls(packed, n, int(records[:, NUM_TOKENS].sum()), longest)
+        if some is None:
+            some = num_pages.nonzero()[0]
+            num_pages = num_pages.take(some)
+        records[NUM_PAGES:] = 0
+        if 0 < len(some) == len(pages):  # one each, as in most decode steps
+            records[NUM_PAGES][some] = 1
+            records[PAGES_AT][some] = np.arange(n * NUM_FIELDS, n * NUM_FIELDS + len(some))
+            longest = max(longest, 1)
+        elif len(some):
+            records[NUM_PAGES][some] = num_pages
+            records[PAGES_AT][some] = np.cumsum(num_pages) - num_pages + n * NUM_FIELDS
+            longest = max(longest, int(num_pages.max()))
+        return cls(packed, n, total, longest, reserves)
 
     @property
     def records(self) -> np.ndarray:
-        """int32 ``[num_changes, NUM_FIELDS]``, a view."""
-        return self.packed[: self.num_changes * NUM_FIELDS].reshape(self.num_changes, NUM_FIELDS)
+        """int32 ``[NUM_FIELDS, num_changes]``, a view."""
+        return self.packed[: self.num_changes * NUM_FIELDS].reshape(NUM_FIELDS, self.num_changes)
+
+
+@functools.lru_cache(maxsize=16)
+def _even_slots(num_changes: int, each: int) -> np.ndarray:
+    return np.arange(num_changes, dtype=np.int32) * each
 
 
 def apply_changes_numpy(
-    changes: TableChanges, block_table: np.ndarray, cache_seqlens: np.ndarray, slots: np.ndarray | None, page_size: int
+    changes: TableChanges,
+    block_table: np.ndarray,
+    cache_seqlens: np.ndarray,
+    limits: np.ndarray,
+    where: np.ndarray | None,
+    page_size: int,
 ) -> None:
     """Apply `changes` to host arrays.
 
@@ -101,27 +136,68 @@ def apply_changes_numpy(
         What changes.
     block_table : numpy.ndarray
         int32 ``[max_seqs, max_pages]``, written.
-    cache_seqlens : numpy.ndarray
-        int32 ``[max_seqs]``, written.
-    slots : numpy.ndarray or None
-        int64 ``[changes.num_tokens]``, written: ``page * page_size + offset`` of each token asked for, record by
-        record; None where nobody needs them.
+    cache_seqlens, limits : numpy.ndarray
+        int32 ``[max_seqs]``, written: lengths, and up to which length the device may advance a row; 0 for not at all.
+    where : numpy.ndarray or None
+        int64 ``[2, changes.num_tokens]``, written: slot ``page * page_size + offset``, and position in its sequence, of
+        each token asked for, record by record; None where nobody needs them.
     page_size : int
         Tokens of a page.
     """
     records = changes.records
-    seqs = records[:, SEQ]
-    cache_seqlens[seqs] = records[:, LENGTH]
+    seqs, lengths, tokens = records[SEQ], records[LENGTH], records[TOKENS]
+    ends = lengths - np.minimum(tokens, 0) if changes.reserves else lengths
+    cache_seqlens[seqs] = lengths
+    limits[seqs] = np.where(tokens < 0, ends, 0) if changes.reserves else 0
 
-    if len(changes.packed) > records.size:  # most decode steps claim no page
-        record, nth = _spread(records[:, NUM_PAGES])
-        new_pages = changes.packed[records[record, PAGES_AT] + nth]
-        block_table[seqs[record], records[record, FIRST_COLUMN] + nth] = new_pages
+    if len(changes.packed) > records.size:  # most decode steps claim few pages
+        new_pages = changes.packed[records.size :]  # in the order of their records
+        num_pages = records[NUM_PAGES]
+        some = num_pages.nonzero()[0]
+        if len(some) == len(new_pages):
+            block_table[seqs.take(some), (ends.take(some) - 1) // page_size] = new_pages
+        else:
+            owner, nth = spread(num_pages)
+            first_columns = -(-ends // page_size) - num_pages
+            block_table[seqs[owner], first_columns[owner] + nth] = new_pages
 
-    if slots is not None:
-        record, nth = _spread(records[:, NUM_TOKENS])
-        columns, offsets = np.divmod(records[record, FIRST_TOKEN] + nth, page_size)
-        slots[:] = block_table[seqs[record], columns].astype(np.int64) * page_size + offsets
+    if where is not None:
+        asked = np.maximum(tokens, 0)
+        record, nth = spread(asked)
+        where[1] = (lengths - asked)[record] + nth
+        columns, offsets = np.divmod(where[1], page_size)
+        where[0] = block_table[seqs[record], columns].astype(np.int64) * page_size + offsets
+
+
+def advance_rows_numpy(
+    block_table: np.ndarray,
+    cache_seqlens: np.ndarray,
+    limits: np.ndarray,
+    where: np.ndarray,
+    num_tokens: int,
+    page_size: int,
+) -> None:
+    """Add `num_tokens` tokens to each of the first rows whose limit admits them, and say where they go.
+
+    Parameters
+    ----------
+    block_table, cache_seqlens, limits, page_size
+        As in `apply_changes_numpy`; lengths are written.
+    where : numpy.ndarray
+        int64 ``[2, num_rows * num_tokens]``, written: slots and positions, row by row; -1 for rows that stay.
+    num_tokens : int
+        Tokens for each row.
+    """
+    num_rows = where.shape[1] // num_tokens
+    lengths, limits = cache_seqlens[:num_rows], limits[:num_rows]
+    goes = np.flatnonzero(lengths + num_tokens <= limits)
+    positions = lengths[goes, None].astype(np.int64) + np.arange(num_tokens)
+    columns, offsets = np.divmod(positions, page_size)
+    where[...] = -1
+    by_row = where.reshape(2, num_rows, num_tokens)
+    by_row[0, goes] = block_table[goes[:, None], columns].astype(np.int64) * page_size + offsets
+    by_row[1, goes] = positions
+    lengths[goes] += num_tokens
 
 
 def apply_changes_cuda(
@@ -129,11 +205,12 @@ def apply_changes_cuda(
     packed: Any,
     block_table: Any,
     cache_seqlens: Any,
-    slots: Any,
+    limits: Any,
+    where: Any,
     page_size: int,
     stream_ptr: int,
 ) -> None:
-    """`apply_changes_numpy` on the device, in one kernel launch.
+    """`apply_changes_numpy` on the device, in one launch of a Numba kernel.
 
     Parameters
     ----------
@@ -141,8 +218,8 @@ def apply_changes_cuda(
         What changes.
     packed : cupy.ndarray
         ``changes.packed`` on the device.
-    block_table, cache_seqlens, slots : cupy.ndarray
-        As in `apply_changes_numpy`; slots must hold an element even if no token asks for one.
+    block_table, cache_seqlens, limits, where : cupy.ndarray
+        As in `apply_changes_numpy`; `where` must hold an element even if no token asks for one.
     page_size : int
         Tokens of a page.
     stream_ptr : int
@@ -155,41 +232,93 @@ def apply_changes_cuda(
     """
     if changes.num_changes == 0:
         return
-    kernel = _compiled_kernel()
+    kernel, _ = _compiled_kernels()
     blocks_y = max(-(-changes.longest // THREADS_PER_BLOCK), -(-MIN_BLOCKS // changes.num_changes))
     grid = (changes.num_changes, min(blocks_y, MAX_BLOCKS_Y))
-    # 1 is CUDA's handle of the legacy default stream; DLPack, by which Numba takes arrays, refuses CuPy's 0 for it.
-    stream = cuda.external_stream(stream_ptr or 1)
-    kernel[grid, THREADS_PER_BLOCK, stream](packed, block_table, cache_seqlens, slots, page_size)
+    kernel[grid, THREADS_PER_BLOCK, _numba_stream(stream_ptr)](
+        packed, changes.num_changes, block_table, cache_seqlens, limits, where, page_size
+    )
 
 
-def apply_changes(changes: Any, block_table: Any, cache_seqlens: Any, slots: Any, page_size: int) -> None:
+def advance_rows_cuda(
+    block_table: Any,
+    cache_seqlens: Any,
+    limits: Any,
+    where: Any,
+    num_tokens: int,
+    page_size: int,
+    stream_ptr: int,
+) -> None:
+    """`advance_rows_numpy` on the device, in one launch of a Numba kernel that reads nothing from the host: a CUDA
+    graph can replay it. Arguments and errors as in `apply_changes_cuda`."""
+    _, kernel = _compiled_kernels()
+    num_rows = where.shape[1] // max(1, num_tokens)
+    blocks = max(-(-num_rows // THREADS_PER_BLOCK), MIN_BLOCKS)
+    kernel[blocks, THREADS_PER_BLOCK, _numba_stream(stream_ptr)](
+        block_table, cache_seqlens, limits, where, num_rows, num_tokens, page_size
+    )
+
+
+def apply_changes(
+    changes: Any, num_changes: int, block_table: Any, cache_seqlens: Any, limits: Any, where: Any, page_size: int
+) -> None:
     """The kernel. Grid: x = record; y and threads stride over its pages, then over its tokens."""
-    record = cuda.blockIdx.x * NUM_FIELDS
+    record = cuda.blockIdx.x
     first = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
     stride = cuda.gridDim.y * cuda.blockDim.x
-    seq = changes[record + SEQ]
-    first_column = changes[record + FIRST_COLUMN]
-    pages_at = changes[record + PAGES_AT]
+    seq = changes[SEQ * num_changes + record]
+    length = changes[LENGTH * num_changes + record]
+    tokens = changes[TOKENS * num_changes + record]
+    num_pages = changes[NUM_PAGES * num_changes + record]
+    pages_at = changes[PAGES_AT * num_changes + record]
+    end = length - min(tokens, 0)
+    first_column = (end + page_size - 1) // page_size - num_pages
 
     if first == 0:
-        cache_seqlens[seq] = changes[record + LENGTH]
-    for nth in range(first, changes[record + NUM_PAGES], stride):
+        cache_seqlens[seq] = length
+        limits[seq] = end if tokens < 0 else 0
+    for nth in range(first, num_pages, stride):
         block_table[seq, first_column + nth] = changes[pages_at + nth]
-    for nth in range(first, changes[record + NUM_TOKENS], stride):
-        position = changes[record + FIRST_TOKEN] + nth
+    for nth in range(first, tokens, stride):
+        position = length - tokens + nth
         column = position // page_size
         # A new page is read from the record: another thread may not have put it into the table yet.
         if column >= first_column:
             page = changes[pages_at + column - first_column]
         else:
             page = block_table[seq, column]
-        slots[changes[record + SLOTS_AT] + nth] = np.int64(page) * page_size + position % page_size
+        at = changes[SLOTS_AT * num_changes + record] + nth
+        where[0, at] = np.int64(page) * page_size + position % page_size
+        where[1, at] = position
+
+
+def advance_rows(
+    block_table: Any, cache_seqlens: Any, limits: Any, where: Any, num_rows: int, num_tokens: int, page_size: int
+) -> None:
+    """The kernel. Grid: a row a thread."""
+    row = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if row >= num_rows:
+        return
+    length = cache_seqlens[row]
+    goes = length + num_tokens <= limits[row]
+    for nth in range(num_tokens):
+        at = row * num_tokens + nth
+        if goes:
+            position = length + nth
+            page = block_table[row, position // page_size]
+            where[0, at] = np.int64(page) * page_size + position % page_size
+            where[1, at] = position
+        else:
+            where[0, at] = -1
+            where[1, at] = -1
+    if goes:
+        cache_seqlens[row] = length + num_tokens
 
 
 @functools.cache
-def _compiled_kernel() -> Any:
-    """`apply_changes` as a Numba dispatcher. Numba is imported here and nowhere else: it takes most of a second."""
+def _compiled_kernels() -> tuple[Any, Any]:
+    """`apply_changes` and `advance_rows` as Numba dispatchers. Numba is imported here and nowhere else: it takes most
+    of a second."""
     try:
         from numba import cuda as numba_cuda
     except ImportError as error:
@@ -197,10 +326,15 @@ def _compiled_kernel() -> Any:
             f"block tables on a GPU need Numba-CUDA, which cannot be imported ({error}): pip install numba-cuda[cu13]"
         ) from error
     globals()["cuda"] = numba_cuda
-    return numba_cuda.jit(apply_changes)
+    return numba_cuda.jit(apply_changes), numba_cuda.jit(advance_rows)
 
 
-def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _numba_stream(stream_ptr: int) -> Any:
+    # 1 is CUDA's handle of the legacy default stream; DLPack, by which Numba takes arrays, refuses CuPy's 0 for it.
+    return cuda.external_stream(stream_ptr or 1)
+
+
+def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The owner of each of sum(counts) elements and its place there: [2, 0, 1] gives [0, 0, 2] and [0, 1, 0]."""
     owner = np.repeat(np.arange(len(counts)), counts)
     begin = np.cumsum(counts) - counts

@@ -117,13 +117,9 @@ def run(
     int
         Exit status: 0, or 1 if the GPU was asked for and cannot serve, or the check failed.
     """
-    missing = [] if device == "cpu" else info.problems(info.collect())
-    if device == "gpu" and missing:
-        print("The GPU cannot be used here:", *missing, sep="\n  - ")
+    backend = choose_backend(device)
+    if backend is None:
         return 1
-    if missing:
-        print(f"The GPU cannot be used: {missing[0]}.\nThis is the CPU's demo; `python -m mlacore info` says more.\n")
-    backend = _cpu_backend() if device == "cpu" or missing else _gpu_backend()
     workload = GPU_WORKLOAD if backend.is_gpu else CPU_WORKLOAD
     model = workload.model
     batch, max_length = batch or workload.batch, max_length or workload.max_length
@@ -144,14 +140,25 @@ def run(
     return 0
 
 
+def choose_backend(device: str) -> Backend | None:
+    """The backend that `run` says; None, with the reasons printed, if the GPU was asked for and cannot serve."""
+    missing = [] if device == "cpu" else info.problems(info.collect())
+    if device == "gpu" and missing:
+        print("The GPU cannot be used here:", *missing, sep="\n  - ")
+        return None
+    if missing:
+        print(f"The GPU cannot be used: {missing[0]}.\nThis is the CPU's demo; `python -m mlacore info` says more.\n")
+    return _cpu_backend() if device == "cpu" or missing else _gpu_backend()
+
+
 def decode(backend: Backend, model: Model, lengths: np.ndarray, steps: int, seed: int) -> Outcome:
     """Fill a cache with sequences of `lengths`, then take `steps` decode steps and check the last one."""
     xp, batch = backend.xp, len(lengths)
     cache = _filled_cache(backend, lengths, WARMUP_STEPS + steps, seed)
     seqs = np.arange(batch)  # a new cache hands out rows 0, 1, ...: its own arrays are the batch, in order
-    q = _normal(xp, (NUM_Q_SETS, batch, 1, model.num_heads, HEAD_DIM_QK), seed + 1)
-    new_ckv = _normal(xp, (WARMUP_STEPS + steps, batch, 1, KV_LORA_RANK), seed + 2)
-    new_kpe = _normal(xp, (WARMUP_STEPS + steps, batch, 1, QK_ROPE_HEAD_DIM), seed + 3)
+    q = normal_rows(xp, (NUM_Q_SETS, batch, 1, model.num_heads, HEAD_DIM_QK), seed + 1)
+    new_ckv = normal_rows(xp, (WARMUP_STEPS + steps, batch, 1, KV_LORA_RANK), seed + 2)
+    new_kpe = normal_rows(xp, (WARMUP_STEPS + steps, batch, 1, QK_ROPE_HEAD_DIM), seed + 3)
     plan = mlacore.plan_decode(cache.cache_seqlens, num_heads=model.num_heads)
     out = xp.empty((batch, 1, model.num_heads, HEAD_DIM_V), q.dtype)
     lse = xp.empty((batch, model.num_heads, 1), xp.float32)
@@ -260,14 +267,14 @@ def _filled_cache(backend: Backend, lengths: np.ndarray, extra_tokens: int, seed
         max_seq_len=int(lengths.max()) + extra_tokens,
         device="cuda" if backend.is_gpu else "cpu",
     )
-    for seq, length in zip(cache.allocate(len(lengths)), lengths.tolist(), strict=True):
-        ckv = _normal(backend.xp, (1, length, KV_LORA_RANK), seed + 10 + 2 * int(seq))
-        kpe = _normal(backend.xp, (1, length, QK_ROPE_HEAD_DIM), seed + 11 + 2 * int(seq))
+    for seq, length in zip(cache.create(len(lengths)).seqs, lengths.tolist(), strict=True):
+        ckv = normal_rows(backend.xp, (1, length, KV_LORA_RANK), seed + 10 + 2 * int(seq))
+        kpe = normal_rows(backend.xp, (1, length, QK_ROPE_HEAD_DIM), seed + 11 + 2 * int(seq))
         cache.append([int(seq)], ckv, kpe)
     return cache
 
 
-def _normal(xp: Any, shape: tuple[int, ...], seed: int) -> Any:
+def normal_rows(xp: Any, shape: tuple[int, ...], seed: int) -> Any:
     """Values of deviation 1, as latents have after RMSNorm: with them the scores' deviation is 1 as well."""
     return normal(shape, seed=seed, dtype=bfloat16, xp=xp, scale=1.0)
 

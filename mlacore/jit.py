@@ -62,19 +62,37 @@ def _variants() -> Iterator[Variant]:
         is_default = dtype == "bfloat16"
         of_dtype = (*_DIMS, *_TILE, ("MLA_ELEMENT", element))
         launch = (
-            ("MLA_PAGE_SIZE", params.PAGE_SIZE),
             ("MLA_THREADS", params.DECODE_THREADS),
             ("MLA_SHARED_BYTES", params.DECODE_SHARED_BYTES),
         )
         for ctas in params.CLUSTER_CTAS:
-            name = f"mla_decode_sm90.{dtype}.cluster{ctas}"
+            name = f"mla_decode_sm90.{dtype}.rows{params.TILE_ROWS}.cluster{ctas}"
             defines = (*of_dtype, *launch, ("MLA_CLUSTER_CTAS", ctas))
             yield Variant(name, "mla_decode_sm90", defines, is_default)
-        combine = ("MLA_COMBINE_THREADS", params.COMBINE_THREADS)
-        yield Variant(f"mla_combine.{dtype}", "mla_combine", (*of_dtype, combine), is_default)
+        for rows, ctas in params.SWAPPED_VARIANTS:
+            name = f"mla_decode_swapped_sm90.{dtype}.rows{rows}.cluster{ctas}"
+            swapped = (
+                *_DIMS,
+                ("MLA_TILE_ROWS", rows),
+                ("MLA_TILE_TOKENS", params.TILE_TOKENS),
+                ("MLA_ELEMENT", element),
+            )
+            yield Variant(
+                name,
+                "mla_decode_swapped_sm90",
+                (*swapped, *launch, ("MLA_CLUSTER_CTAS", ctas)),
+                is_default and ctas == 1,
+            )
     plan = (("MLA_ITEM_COST_TILES", params.ITEM_COST_TILES), ("MLA_PLAN_THREADS", params.PLAN_THREADS))
     yield Variant("mla_plan", "mla_plan", (*_TILE, *plan))
-    yield Variant("cache_append", "cache_append", (*_DIMS, ("MLA_APPEND_ROWS", params.APPEND_ROWS)))
+    for dtype, element in ELEMENTS.items():
+        write = (*_DIMS, ("MLA_ELEMENT", element), ("MLA_WRITE_ROWS", params.WRITE_ROWS))
+        yield Variant(f"cache_write.{dtype}", "cache_write", write, dtype == "bfloat16")
+    for words in params.UPDATE_WORDS:
+        update = (("MLA_UPDATE_ROWS", params.UPDATE_ROWS), ("MLA_CHANGE_WORDS", words))
+        yield Variant(f"cache_update.{words}", "cache_update", update)
+    yield Variant("cache_copy", "cache_copy", (("MLA_COPY_THREADS", params.COPY_THREADS),))
+    yield Variant("cache_gather", "cache_gather", (*_DIMS, ("MLA_GATHER_ROWS", params.GATHER_ROWS)))
 
 
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _variants()}
@@ -250,5 +268,7 @@ def compile_all(report: Callable[[str], object]) -> None:
             for line in built.log.splitlines()
             if "Used" in line or "spill" in line
         )
-        dynamic = f"; {params.DECODE_SHARED_BYTES} bytes dynamic shared" if variant.kernel == "mla_decode_sm90" else ""
-        report(f"{name:34} {len(built.cubin):7d} bytes  {seconds:5.2f} s  {usage}{dynamic}")
+        dynamic = (
+            f"; {params.DECODE_SHARED_BYTES} bytes dynamic shared" if variant.kernel.startswith("mla_decode") else ""
+        )
+        report(f"{name:48} {len(built.cubin):7d} bytes  {seconds:5.2f} s  {usage}{dynamic}")

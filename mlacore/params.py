@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-PAGE_SIZE = 64  # tokens of a cache page
+PAGE_SIZE = 64  # tokens of a cache page, where nothing else is asked for
+PAGE_SIZES = (16, 32, 64, 128, 256)
 TILE_TOKENS = 64  # tokens of a tile, the kernels' unit of work along a sequence
 TILE_ROWS = 64  # query rows of one CTA
 
@@ -23,9 +24,14 @@ WARP_THREADS = 32
 DECODE_THREADS = 384  # two consumer warpgroups and one of producers
 DECODE_SHARED_BYTES = 232448  # all that an SM90 block may have
 CLUSTER_CTAS = (1, 2)  # row blocks that share every tile they load
-COMBINE_THREADS = 128  # of a block that merges the splits of one query row
+SWAPPED_VARIANTS = ((16, 1), (32, 1), (16, 4), (16, 8), (32, 2), (32, 4))  # query rows of a CTA, CTAs of a cluster
+MERGE_PATIENCE_CYCLES = 1 << 17  # 70 µs: longer than balanced workers differ, short if the others cannot run
 PLAN_THREADS = 512
-APPEND_ROWS = 8  # tokens, one warp each, of a block that writes cache rows
+WRITE_ROWS = 4  # tokens, one warp each, of a block that writes cache rows
+GATHER_ROWS = 8  # the same of one that gathers them
+UPDATE_ROWS = 4  # changes, one warp each, of a block that updates block tables
+UPDATE_WORDS = (960, 8128)  # int32 of changes that go into a launch by value: parameters of 4 KB, of 32 KB
+COPY_THREADS = 256  # of a block that copies its share of a page
 
 
 def _struct(*fields: tuple[str, str]) -> np.dtype:
@@ -36,6 +42,7 @@ _POINTER, _I64, _I32, _F32 = "u8", "i8", "i4", "f4"
 
 DECODE_PARAMS = _struct(
     ("q", _POINTER),
+    ("kv", _POINTER),
     ("block_table", _POINTER),
     ("cache_seqlens", _POINTER),
     ("work", _POINTER),
@@ -43,11 +50,16 @@ DECODE_PARAMS = _struct(
     ("out", _POINTER),
     ("lse", _POINTER),
     ("partial_out", _POINTER),
-    ("partial_lse", _POINTER),
+    ("partial_sums", _POINTER),
+    ("merge_counters", _POINTER),
+    ("merge_abandoned", _POINTER),
     ("q_stride_batch", _I64),
     ("q_stride_seq", _I64),
     ("q_stride_head", _I64),
     ("block_table_stride", _I64),
+    ("kv_stride_page", _I64),
+    ("num_pages", _I32),
+    ("prefetch_tiles", _I32),
     ("batch", _I32),
     ("max_pages", _I32),
     ("seq_len_q", _I32),
@@ -55,8 +67,10 @@ DECODE_PARAMS = _struct(
     ("num_kv_heads", _I32),
     ("heads_per_kv", _I32),
     ("row_blocks", _I32),
-    ("num_workers", _I32),
+    ("blocks_per_worker", _I32),
+    ("page_size_log2", _I32),
     ("causal", _I32),
+    ("merge_patience_cycles", _I32),
     ("softmax_scale_log2", _F32),
 )
 
@@ -68,16 +82,56 @@ PLAN_PARAMS = _struct(
     ("num_workers", _I32),
 )
 
-APPEND_PARAMS = _struct(
+WRITE_PARAMS = _struct(
     ("pool", _POINTER),
     ("ckv", _POINTER),
     ("kpe", _POINTER),
-    ("slots", _POINTER),
+    ("where", _POINTER),
+    ("norm_weight", _POINTER),
+    ("rope_cos", _POINTER),
+    ("rope_sin", _POINTER),
     ("pool_stride_page", _I64),
     ("pool_stride_row", _I64),
     ("ckv_stride", _I64),
     ("kpe_stride", _I64),
     ("num_slots", _I64),
-    ("page_size", _I32),
+    ("page_size_log2", _I32),
     ("num_tokens", _I32),
+    ("rope_positions", _I32),
+    ("rope_interleaved", _I32),
+    ("norm_eps", _F32),
+)
+
+UPDATE_PARAMS = _struct(
+    ("block_table", _POINTER),
+    ("cache_seqlens", _POINTER),
+    ("limits", _POINTER),
+    ("where", _POINTER),
+    ("block_table_stride", _I64),
+    ("num_changes", _I32),
+    ("num_tokens", _I32),
+    ("page_size_log2", _I32),
+)
+
+COPY_PARAMS = _struct(
+    ("pool", _POINTER),
+    ("pages", _POINTER),
+    ("pool_stride_layer", _I64),
+    ("pool_stride_page", _I64),
+    ("page_elems", _I64),
+    ("num_layers", _I32),
+    ("num_pages", _I32),
+)
+
+GATHER_PARAMS = _struct(
+    ("pool", _POINTER),
+    ("rows", _POINTER),
+    ("block_table", _POINTER),
+    ("spans", _POINTER),
+    ("pool_stride_page", _I64),
+    ("pool_stride_row", _I64),
+    ("block_table_stride", _I64),
+    ("max_pages", _I32),
+    ("num_pages", _I32),
+    ("page_size_log2", _I32),
 )

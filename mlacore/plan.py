@@ -1,9 +1,10 @@
 """The split-KV schedule: which worker attends to which tiles of which sequence.
 
-Lay all sequences end to end on a line: sequence ``b`` takes ``tiles_b`` positions, and every change from one sequence
-to the next takes ``F = ITEM_COST_TILES`` more, which is what another item costs a worker. Equal cuts of that line, one
-stretch a worker, balance ``tiles + F * (items - 1)`` within one tile; a cut inside a sequence splits it. `schedule` is
-the executable definition; the planner kernel (``cuda/schedule.cuh``) computes the same integers.
+Lay all sequences end to end on a line and cut it into equal stretches, one a worker; a cut inside a sequence splits
+it. Either each sequence takes its tiles and ``ITEM_COST_TILES`` more, which is what another item costs a worker: then
+the stretches balance ``tiles + ITEM_COST_TILES * (items - 1)`` within one tile. Or, where the stretches get no longer
+by it, each takes a whole number of stretches, so that no worker has more than one item. `schedule` is the executable
+definition; the planner kernel (``cuda/mla_plan.cu``) computes the same integers.
 
 The plan holds where workers begin, not where sequences end: those are read from ``cache_seqlens`` when attention runs.
 A plan whose lengths have moved on is therefore out of balance but never wrong.
@@ -18,10 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlacore import arrays, shapes
-from mlacore.params import HEAD_DIM_V, ITEM_COST_TILES, TILE_ROWS, TILE_TOKENS
+from mlacore import arrays, dispatch, shapes
+from mlacore.dispatch import KernelShape
+from mlacore.params import HEAD_DIM_V, ITEM_COST_TILES, TILE_TOKENS
 
-MAX_WORKERS = 65535
+MAX_WORKERS = 8192
+MAX_KV_HEADS = 65535
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,11 +47,17 @@ class DecodePlan:
         Sequence and tile at which each worker begins; the last row is ``(batch, 0)``.
     splits : int32 ``[batch, 2]``
         First worker and number of workers of each sequence.
-    partial_out : float32 ``[2 * num_workers, num_kv_heads, row_blocks, 64, 512]`` or None
+    kernel : KernelShape or None
+        The GPU kernel (`mlacore.dispatch`); None for NumPy.
+    partial_out : float32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows * 512]`` or None
         Outputs of the splits of shared sequences, on a GPU: slot ``2 * w`` is worker ``w``'s first item, ``2 * w + 1``
-        its last one if that is another.
-    partial_lse : float32 ``[2 * num_workers, num_kv_heads, row_blocks, 64]`` or None
-        Their log-sum-exp.
+        its last one if that is another. Not divided by the sums, in the order of the kernel's registers.
+    partial_sums : float32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows // 2, 4]`` or None
+        Softmax references and row sums of each two rows.
+    merge_counters : uint32 ``[num_workers, num_kv_heads, row_blocks, 2]`` or None
+        Arrivals of a sequence's splits, by its first worker; zero between calls.
+    merge_abandoned : uint32 ``[2 * num_workers, num_kv_heads, row_blocks]`` or None
+        Slots whose worker did not wait to merge; zero between calls.
     """
 
     batch: int
@@ -60,13 +69,11 @@ class DecodePlan:
     device: int | None
     work: Any
     splits: Any
+    kernel: KernelShape | None = None
     partial_out: Any = None
-    partial_lse: Any = None
-
-    @property
-    def row_blocks(self) -> int:
-        """Blocks of 64 query rows that one KV head has."""
-        return row_blocks(self.seq_len_q, self.num_heads, self.num_kv_heads)
+    partial_sums: Any = None
+    merge_counters: Any = None
+    merge_abandoned: Any = None
 
     def update(self, cache_seqlens: Any, *, stream: Any = None) -> None:
         """Recompute the schedule in place for new lengths of the same batch.
@@ -101,6 +108,7 @@ def plan_decode(
     seq_len_q: int = 1,
     num_kv_heads: int = 1,
     causal: bool = False,
+    max_seq_len: int | None = None,
     num_workers: int | None = None,
     stream: Any = None,
 ) -> DecodePlan:
@@ -118,6 +126,9 @@ def plan_decode(
         KV heads, a divisor of `num_heads`; MLA has 1.
     causal : bool
         Whether `mla_decode` will mask causally.
+    max_seq_len : int, optional
+        Bound of the lengths in tokens, where the host knows one. It only helps to choose the kernel: small batches of
+        short sequences with more than 32 query rows are faster with it, and no result depends on it being right.
     num_workers : int, optional
         Default: as many as fill the GPU's SMs; in NumPy the CPUs this process may use.
     stream : CuPy stream, int or object with ``__cuda_stream__``, optional
@@ -139,10 +150,14 @@ def plan_decode(
     num_kv_heads = shapes.check_count("num_kv_heads", num_kv_heads)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads={num_heads}")
+    if num_kv_heads > MAX_KV_HEADS:
+        raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected at most {MAX_KV_HEADS} (CUDA's grid)")
+    if max_seq_len is not None:
+        max_seq_len = shapes.check_count("max_seq_len", max_seq_len)
     if num_workers is not None:
         num_workers = shapes.check_count("num_workers", num_workers)
         if num_workers > MAX_WORKERS:
-            raise ValueError(f"num_workers: got {num_workers}, expected at most {MAX_WORKERS} (CUDA's grid)")
+            raise ValueError(f"num_workers: got {num_workers}, expected at most {MAX_WORKERS}")
     device = None if arrays.on_numpy(cache_seqlens=cache_seqlens) else -1
     lengths, stream = _take_lengths(cache_seqlens, stream, None, device)
     batch = lengths.shape[0]
@@ -155,9 +170,11 @@ def plan_decode(
     from mlacore import driver
 
     device = lengths.data.device_id
-    blocks = row_blocks(seq_len_q, num_heads, num_kv_heads)
-    num_workers = num_workers or max(1, driver.num_sms(device) // (blocks * num_kv_heads))
-    slots = (2 * num_workers, num_kv_heads, blocks, TILE_ROWS)
+    rows = seq_len_q * (num_heads // num_kv_heads)
+    kernel = dispatch.choose(rows, None if max_seq_len is None else batch * max_seq_len)
+    ctas = kernel.row_blocks * num_kv_heads
+    num_workers = num_workers or max(1, driver.resident_ctas(kernel, device) // ctas)
+    slots = (2 * num_workers, num_kv_heads, kernel.row_blocks)
     with arrays.on_device(device, stream) as cupy:
         plan = DecodePlan(
             batch,
@@ -169,8 +186,11 @@ def plan_decode(
             device,
             work=cupy.empty((num_workers + 1, 2), cupy.int32),
             splits=cupy.empty((batch, 2), cupy.int32),
-            partial_out=cupy.empty((*slots, HEAD_DIM_V), cupy.float32),
-            partial_lse=cupy.empty(slots, cupy.float32),
+            kernel=kernel,
+            partial_out=cupy.empty((*slots, kernel.tile_rows * HEAD_DIM_V), cupy.float32),
+            partial_sums=cupy.empty((*slots, kernel.tile_rows // 2, 4), cupy.float32),
+            merge_counters=cupy.zeros((num_workers, *slots[1:], 2), cupy.uint32),
+            merge_abandoned=cupy.zeros(slots, cupy.uint32),
         )
     driver.launch_plan(lengths, plan.work, plan.splits, stream)
     return plan
@@ -195,10 +215,18 @@ def schedule(lengths: npt.NDArray[np.integer], num_workers: int) -> tuple[npt.ND
     """
     batch = len(lengths)
     tiles = -(-np.maximum(lengths.astype(np.int64), 0) // TILE_TOKENS)
-    begin = np.cumsum(tiles + ITEM_COST_TILES) - (tiles + ITEM_COST_TILES)  # position of each sequence's first tile
-    end = begin + np.maximum(tiles, 1)  # an empty sequence still is one item, at one position
-    total = begin[-1] + tiles[-1]
-    extent = max(1, -(-int(total) // num_workers))  # positions of one worker
+    positions = np.maximum(tiles, 1)  # an empty sequence still is one item, at one position
+    total = int(tiles.sum())
+    extent = max(1, -(-(total + ITEM_COST_TILES * (batch - 1)) // num_workers))  # positions of one worker
+    spans = tiles + ITEM_COST_TILES
+    if batch <= num_workers:
+        for aligned in range(max(1, -(-total // num_workers)), extent + 1):
+            workers = -(-positions // aligned)
+            if workers.sum() <= num_workers:
+                extent, spans = aligned, workers * aligned
+                break
+    begin = np.cumsum(spans) - spans  # position of each sequence's first tile
+    end = begin + positions
 
     starts = np.arange(num_workers, dtype=np.int64) * extent
     sequence = np.searchsorted(end, starts, side="right")
@@ -221,11 +249,6 @@ def worker_items(work: npt.NDArray[np.int32], worker: int) -> list[tuple[int, in
     ]
 
 
-def row_blocks(seq_len_q: int, num_heads: int, num_kv_heads: int) -> int:
-    """Blocks of 64 query rows that one KV head has: ``ceil(seq_len_q * num_heads / num_kv_heads / 64)``."""
-    return -(-seq_len_q * (num_heads // num_kv_heads) // TILE_ROWS)
-
-
 def available_cpus() -> int:
     """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -233,7 +256,8 @@ def available_cpus() -> int:
 
 def _take_lengths(cache_seqlens: Any, stream: Any, batch: int | None, device: int | None) -> tuple[Any, Any]:
     """Validated lengths and stream; `device` -1 stands for any GPU."""
-    if arrays.on_numpy(cache_seqlens=cache_seqlens) != (device is None):
+    is_numpy = not arrays.are_cupy(cache_seqlens) and arrays.on_numpy(cache_seqlens=cache_seqlens)
+    if is_numpy != (device is None):
         got = "a GPU array" if device is None else "a NumPy array"
         raise TypeError(f"cache_seqlens: got {got}, expected one on {arrays.device_name(device)} (from the plan)")
     if device is None:

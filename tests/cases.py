@@ -164,6 +164,23 @@ def permute_pages(inputs: Inputs, seed: int = 0) -> Inputs:
     return inputs._replace(kv_cache=kv_cache, block_table=table)
 
 
+def repaged(inputs: Inputs, page_size: int, seed: int = 0) -> Inputs:
+    """The same sequences in pages of another size, poisoned alike."""
+    _, old_size, *row = inputs.kv_cache.shape
+    lengths = inputs.cache_seqlens.tolist()
+    counts = [-(-length // page_size) for length in lengths]
+    pages = np.random.default_rng(seed).permutation(sum(counts) + SPARE_PAGES).astype(np.int32)
+    pool = np.full((len(pages), page_size, *row), np.nan, inputs.kv_cache.dtype)
+    table = np.full((len(counts), max(counts) + SPARE_COLUMNS), POISON_PAGE, np.int32)
+    for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        table[b, :count], pages = pages[:count], pages[count:]
+        tokens = inputs.kv_cache[inputs.block_table[b, : -(-length // old_size)]].reshape(-1, *row)[:length]
+        padded = np.full((count * page_size, *row), np.nan, pool.dtype)
+        padded[:length] = tokens
+        pool[table[b, :count]] = padded.reshape(count, page_size, *row)
+    return inputs._replace(kv_cache=pool, block_table=table)
+
+
 def thin(cases: list[Case], limit: float) -> list[Case]:
     """All cases up to `limit` of cost, and of dearer ones the share that costs `limit` each on average, fixed by id."""
     return [case for case in cases if zlib.crc32(case.id.encode()) % math.ceil(cost(case) / limit) == 0]
@@ -212,6 +229,10 @@ CORNERS = [
     _corner(63, 64, 65),
     _corner(127, 128, 129, h_q=128),
     _corner(0, 700, 0, 0, 64, 1, 0),
+    # workers that come to a sequence with tiles after one without
+    _corner(0, 700, 0, 0, 64, 1, 0, num_workers=1),
+    _corner(0, 700, 0, 0, 64, 1, 0, h_q=128, num_workers=2),
+    _corner(0, 0, 4000, 0, 3000, h_q=32, num_workers=2),
     _corner(1, 700, 64, 0, 129, s_q=2, h_q=64, causal=True),
     _corner(1, 2, 3, 4, 5, s_q=4, causal=True),  # the first queries of the short ones see nothing
     _corner(64, 65, 66, 67, s_q=4, h_q=33, causal=True),  # the mask empties or enters a last tile

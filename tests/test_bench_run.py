@@ -75,6 +75,7 @@ class RawKernel:
 
 def pretended_cupy() -> types.ModuleType:
     module = types.ModuleType("cupy")
+    module.ndarray = type("ndarray", (), {})  # which none here is
     for name in ("zeros", "empty", "full", "arange", "asarray", "empty_like", "matmul", "int32", "float32", "float16"):
         setattr(module, name, getattr(np, name))
     properties = {"name": b"NVIDIA H100 80GB HBM3", "multiProcessorCount": 132, "l2CacheSize": 1, "totalGlobalMem": 8}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlacore import demo, info
+from mlacore import demo, demo_steps, info
 from mlacore.__main__ import main
 
 READY = info.Environment(
@@ -89,6 +89,22 @@ def test_demo_decodes_and_checks_on_the_cpu(capsys):
     assert "DeepSeek-V2-Lite" in text
     assert "3 of 3 sequences" in text
     assert float(re.search(r"([\d.e+-]+) relative", text).group(1)) < demo.ERROR_LIMIT
+
+
+def test_demo_steps_are_the_same_either_way(capsys):
+    arguments = ["demo", "--graph", "--device", "cpu", "--batch", "2", "--max-length", "100", "--steps", "20"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"eager +[\d,]+ µs a step", text)
+    assert re.search(r"replayed +[\d,]+ µs a step", text)
+    assert "after 20 steps outputs and cache are the same, bit by bit" in text
+
+
+def test_demo_steps_that_differ_are_told(monkeypatch, capsys):
+    states = iter([[b"a"], [b"b"]])
+    monkeypatch.setattr(demo_steps.Decoder, "state", lambda self: next(states))
+    assert demo_steps.run(device="cpu", batch=1, max_length=10, steps=1) == 1
+    assert "after 4 steps outputs and cache are DIFFERENT" in capsys.readouterr().out
 
 
 def test_demo_fails_when_the_result_is_wrong(monkeypatch, capsys):

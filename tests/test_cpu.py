@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CORNERS, GRID, TINY, Case, Inputs, cost, interleave, make_inputs, permute_pages, thin
+from cases import CORNERS, GRID, TINY, Case, Inputs, cost, interleave, make_inputs, permute_pages, repaged, thin
 from compare import LSE_RULE, OUT_RULES, assert_close
 
 from mlacore import cpu, merge_states, mla_decode, mla_decode_reference, plan_decode
@@ -61,6 +61,15 @@ def assert_same_bits(got: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndar
 @pytest.mark.parametrize("case", thin(GRID, 0.06), ids=by_id)
 def test_grid(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128, 256])
+@pytest.mark.parametrize("case", TINY, ids=by_id)
+def test_page_sizes_give_the_same_bits(case: Case, page_size: int) -> None:
+    inputs = make_inputs(case)
+    in_pages = repaged(inputs, page_size)
+    assert_same_bits(run(case, in_pages), run(case, inputs))
+    check(case, in_pages)
 
 
 @pytest.mark.parametrize("case", [dataclasses.replace(c, dtype=dtype) for dtype in DTYPES for c in TINY], ids=by_id)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CORNERS, GRID, PAGE_SIZE, TINY, Case, Inputs, make_inputs, on_module, permute_pages
+from cases import CORNERS, GRID, PAGE_SIZE, TINY, Case, Inputs, make_inputs, on_module, permute_pages, repaged
 from compare import LSE_RULE, OUT_RULES, Rule, assert_close
 
 from mlacore import driver, mla_decode, mla_decode_reference, plan_decode
@@ -33,6 +33,10 @@ def cupy() -> Any:
     return cupy
 
 
+def on_device(inputs: Inputs, cupy: Any) -> Inputs:
+    return Inputs(*(on_module(cupy, array) for array in inputs))
+
+
 def plan_of(case: Case, inputs: Inputs, **options: Any) -> Any:
     counts = {"num_heads": case.num_heads, "seq_len_q": case.seq_len_q, "num_kv_heads": case.num_kv_heads}
     options = {"causal": case.causal, "num_workers": case.num_workers} | options
@@ -51,7 +55,7 @@ def run(case: Case, inputs: Inputs, cupy: Any, **options: Any) -> tuple[Any, Any
     out, lse = buffers(case, cupy)
     # Scratch memory full of NaN: a state that is merged without having been written shows.
     options["plan"].partial_out[...] = np.nan
-    options["plan"].partial_lse[...] = np.nan
+    options["plan"].partial_sums[...] = np.nan
     return mla_decode(*inputs, out=out, lse=lse, **options)
 
 
@@ -122,18 +126,99 @@ def test_any_number_of_workers(num_workers, cupy):
     check(dataclasses.replace(SPLIT, num_workers=num_workers), cupy)
 
 
-def test_same_call_same_bits(cupy):
-    inputs = make_inputs(SPLIT, cupy)
-    first = run(SPLIT, inputs, cupy)
-    for _ in range(5):
-        assert_same_bits(run(SPLIT, inputs, cupy), first)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("max_seq_len", [600, 2000])  # 16 and 32 rows a CTA
+@pytest.mark.parametrize(("seq_len_q", "num_heads"), [(1, 40), (4, 16), (1, 100), (2, 63), (1, 128)])
+def test_clusters_of_few_rows(seq_len_q, num_heads, max_seq_len, dtype, cupy):
+    case = Case(7, seq_len_q, max_seq_len // 2, num_heads, varlen=True, causal=True, dtype=dtype, seed=5)
+    inputs = make_inputs(case, cupy)
+    plan = plan_of(case, inputs, max_seq_len=max_seq_len)
+    assert plan.kernel.cluster_ctas > 1
+    assert plan.kernel.tile_rows == (16 if max_seq_len == 600 else 32)
+    check(case, cupy, inputs, plan=plan)
+
+
+def test_a_plan_whose_workers_are_not_resident_is_merged_by_the_last(cupy):
+    """With more CTAs than the GPU runs at once, nobody waits: what is abandoned falls to the last arriver."""
+    case = Case(1, 1, 60_000, 16)
+    inputs = make_inputs(case, cupy)
+    plan = plan_of(case, inputs, num_workers=900)
+    assert int(plan.splits[0, 1]) > driver.num_sms(0)
+    expected = run(case, inputs, cupy, plan=plan)
+    for _ in range(3):
+        check(case, cupy, inputs, plan=plan)
+        assert_same_bits(run(case, inputs, cupy, plan=plan), expected)
+    assert not plan.merge_counters.any()
+    assert not plan.merge_abandoned.any()
+
+
+@pytest.mark.parametrize("num_heads", [8, 16, 100])
+@pytest.mark.parametrize("num_workers", [None, 7])  # 7: sequences of two splits, which merge in another way
+def test_same_call_same_bits(num_workers, num_heads, cupy):
+    case = dataclasses.replace(SPLIT, num_workers=num_workers, num_heads=num_heads)
+    inputs = make_inputs(case, cupy)
+    splits = plan_of(case, inputs).splits[:, 1]
+    assert (splits == 2).any() if num_workers else (splits > 2).any()
+    first = run(case, inputs, cupy)
+    for _ in range(10):
+        assert_same_bits(run(case, inputs, cupy), first)
 
 
 def test_place_of_pages_does_not_matter(cupy):
     inputs = make_inputs(SPLIT, cupy)
-    moved = Inputs(*(on_module(cupy, array) for array in permute_pages(make_inputs(SPLIT))))
+    moved = on_device(permute_pages(make_inputs(SPLIT)), cupy)
     assert not (moved.block_table == inputs.block_table).all()
     assert_same_bits(run(SPLIT, moved, cupy), run(SPLIT, inputs, cupy))
+
+
+# Query tokens, heads and `max_seq_len`, and the kernel that they choose: rows and CTAs that share a tile.
+KERNELS = [
+    (1, 16, None, 16, 1),
+    (1, 32, None, 32, 1),
+    (1, 64, None, 64, 1),
+    (1, 128, None, 64, 2),
+    (2, 128, None, 64, 2),  # two clusters: prefetches two tiles ahead
+    (1, 40, 1000, 16, 4),
+    (1, 128, 1000, 16, 8),
+    (1, 40, 2500, 32, 2),
+    (1, 128, 2500, 32, 4),
+]
+# Edges of every page size; the longest outlasts the page ids that a warp holds at once, whatever the size.
+PAGED_LENGTHS = (2500, 0, 257, 16, 47, 129)
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+@pytest.mark.parametrize("page_size", [16, 32, 128, 256])
+@pytest.mark.parametrize(("seq_len_q", "num_heads", "max_seq_len", "tile_rows", "cluster_ctas"), KERNELS)
+def test_page_sizes_give_the_same_bits(
+    seq_len_q, num_heads, max_seq_len, tile_rows, cluster_ctas, page_size, num_workers, cupy
+):
+    case = Case(6, seq_len_q, 2500, num_heads, causal=True, lengths=PAGED_LENGTHS, num_workers=num_workers)
+    inputs = make_inputs(case)
+    plan = plan_of(case, on_device(inputs, cupy), max_seq_len=max_seq_len)
+    assert (plan.kernel.tile_rows, plan.kernel.cluster_ctas) == (tile_rows, cluster_ctas)
+    expected = run(case, on_device(inputs, cupy), cupy, plan=plan)
+    paged = on_device(repaged(inputs, page_size), cupy)
+    assert paged.kv_cache.shape[1] == page_size
+    check(case, cupy, paged, plan=plan)
+    assert_same_bits(run(case, paged, cupy, plan=plan), expected)
+
+    num_pages = len(paged.kv_cache)
+    layers = cupy.full((num_pages, 3, page_size, 1, 576), np.nan, cupy.float32).astype(paged.q.dtype)
+    wide = cupy.full((num_pages, page_size, 1, 640), np.nan, cupy.float32).astype(paged.q.dtype)
+    for pool in (layers[:, 1], wide[..., 64:]):  # pages with gaps between them; rows with gaps
+        pool[...] = paged.kv_cache
+        assert_same_bits(run(case, paged._replace(kv_cache=pool), cupy, plan=plan), expected)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128, 256])
+@pytest.mark.parametrize("num_heads", [16, 128])
+def test_page_sizes_of_several_kv_heads(num_heads, page_size, cupy):
+    case = Case(3, 2, 700, num_heads, num_kv_heads=2, causal=True, lengths=(700, 33, 64), dtype="float16")
+    inputs = make_inputs(case)
+    paged = on_device(repaged(inputs, page_size), cupy)
+    check(case, cupy, paged)
+    assert_same_bits(run(case, paged, cupy), run(case, on_device(inputs, cupy), cupy))
 
 
 def test_strided_pool_queries_and_table(cupy):
@@ -184,19 +269,21 @@ def test_nan_in_a_sequence_stays_there(cupy):
     assert (out[[0, 2]] == expected[[0, 2]]).all()
 
 
-def test_pages_outside_the_pool_read_as_zeros(cupy):
-    case = Case(2, 1, 300, 16)
-    inputs = make_inputs(case, cupy)
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize("num_heads", [16, 64, 128])
+def test_pages_outside_the_pool_read_as_zeros(num_heads, page_size, cupy):
+    case = Case(2, 1, 300, num_heads)
+    inputs = on_device(repaged(make_inputs(case), page_size), cupy)
+    last = -(-300 // page_size) - 1  # column of the last page
     table, pool = inputs.block_table.copy(), inputs.kv_cache.copy()
     pool[inputs.block_table[0, 1]] = 0
-    pool[inputs.block_table[1, 3]] = 0
+    pool[inputs.block_table[1, last]] = 0
     expected = run(case, inputs._replace(kv_cache=pool), cupy)
-    table[0, 1], table[1, 3] = -5, 2147480000
+    table[0, 1], table[1, last] = -5, 2147480000
     assert_same_bits(run(case, inputs._replace(block_table=table), cupy), expected)
     # a table that is too narrow for the lengths
-    pool[inputs.block_table[0, 4:5]] = 0
-    pool[inputs.block_table[1, 4:5]] = 0
-    narrow = table[:, :4]
+    pool[inputs.block_table[0, last]] = 0
+    narrow = table[:, :last]
     assert_same_bits(
         run(case, inputs._replace(block_table=narrow), cupy), run(case, inputs._replace(kv_cache=pool), cupy)
     )
@@ -227,8 +314,9 @@ def test_plan_of_other_lengths_is_still_right(cupy):
     case = dataclasses.replace(SPLIT, batch=6, lengths=(3000, 64, 0, 5000, 10, 900), causal=False)
     inputs = make_inputs(case, cupy)
     for planned in ([0] * 6, [9000, 0, 9000, 0, 0, 9000], [10, 5000, 3000, 64, 900, 0]):
-        plan = plan_decode(cupy.asarray(planned, cupy.int32), num_heads=100, seq_len_q=2)
-        check(case, cupy, inputs, plan=plan)
+        for num_workers in (None, 3):  # with fewer workers than sequences, some begin in what is no longer there
+            options = {"num_heads": 100, "seq_len_q": 2, "num_workers": num_workers}
+            check(case, cupy, inputs, plan=plan_decode(cupy.asarray(planned, cupy.int32), **options))
 
 
 def test_graph_replay_sees_new_lengths_and_tables(cupy):
@@ -308,6 +396,7 @@ def test_error_does_not_grow_with_the_length(length, num_heads, cupy):
 def test_other_gpus_are_named(cupy, monkeypatch):
     monkeypatch.setattr(driver, "compute_capability", lambda device: (8, 0))
     driver._function.cache_clear()
+    driver._plan_launch.cache_clear()
     inputs = make_inputs(TINY[0], cupy)
     with pytest.raises(RuntimeError, match=r"need a Hopper GPU .* is NVIDIA .* with 8\.0"):
         mla_decode(*inputs)
@@ -330,7 +419,7 @@ cupy.cuda.Device().synchronize()
 
 
 # racecheck does not follow barriers of a part of the block (256 of 384 threads here), which order these exchanges.
-ORDERED_BY_NAMED_BARRIERS = [{"publish_probabilities", "take_probabilities"}, {"write_item"}]
+ORDERED_BY_NAMED_BARRIERS = [{"publish_probabilities", "take_probabilities"}, {"write_item"}, {"merge_group"}]
 
 
 def sanitize(tool: str) -> tuple[int, str]:
@@ -354,5 +443,9 @@ def test_racecheck_finds_only_what_named_barriers_order():
     assert "RACECHECK SUMMARY" in log, log[-3000:]
     # A report is a line "Race reported between A" and lines "and B".
     for report in log.split("Race reported between")[1:]:
-        functions = set(re.findall(r"access at (?:[\w<>() ]+::)?(\w+)\(", report))
+        functions = set()
+        for function in re.findall(r"access at (.*?)\+0x", report):
+            while re.search(r"<[^<>]*>", function):
+                function = re.sub(r"<[^<>]*>", "", function)  # template arguments
+            functions.add(function.split("(")[0].split("::")[-1])
         assert functions in ORDERED_BY_NAMED_BARRIERS, report[:2000]

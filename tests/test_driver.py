@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlacore import driver, switches
+from mlacore import driver, jit, libcuda, switches
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,9 +31,49 @@ def test_other_gpus_are_named(monkeypatch):
 
 
 def test_a_fork_of_an_initialised_process_is_told_so(monkeypatch):
-    monkeypatch.setattr(driver, "_initialised_in", [os.getpid() + 1])
+    monkeypatch.setattr(libcuda, "_initialised_in", [os.getpid() + 1])
     with pytest.raises(RuntimeError, match=r"before this process was forked.*spawn.*MLACORE_COMPILE=lazy"):
         driver.hopper_devices()
+
+
+def test_threads_may_initialise_the_driver_at_once(monkeypatch):
+    both_inside = threading.Barrier(2, timeout=10)
+
+    def load(name: str) -> Any:
+        return types.SimpleNamespace(cuInit=lambda flags: both_inside.wait() * 0)
+
+    monkeypatch.setattr(libcuda.ctypes, "CDLL", load)
+    monkeypatch.setattr(libcuda, "_initialised_in", [])
+    monkeypatch.setattr(libcuda, "_initialised_library", functools.cache(libcuda._initialised_library.__wrapped__))
+    with ThreadPoolExecutor(2) as pool:
+        assert None not in [call.result() for call in [pool.submit(libcuda.library) for _ in range(2)]]
+    assert libcuda.library() is libcuda.library()
+
+
+def test_default_kernels_are_loaded_side_by_side(monkeypatch):
+    loaded, two_inside = [], threading.Barrier(2, timeout=10)
+    defaults = [name for name, variant in jit.VARIANTS.items() if variant.is_default]
+
+    def load(name: str) -> None:
+        if name in defaults[:2]:
+            two_inside.wait()  # one alone would wait here until it breaks
+        loaded.append(name)
+
+    monkeypatch.setattr(driver, "_kernel", load)
+    driver.load_default_kernels()
+    assert sorted(loaded) == sorted(defaults)
+
+
+@pytest.mark.parametrize("error", [ImportError("compiling needs NVRTC"), jit.CompileError("no"), RuntimeError("no")])
+def test_what_keeps_a_default_kernel_from_loading_surfaces(monkeypatch, error):
+    def fail(variant: jit.Variant) -> bytes:
+        raise error
+
+    monkeypatch.setattr(jit, "cubin", fail)
+    monkeypatch.setattr(driver, "_kernel", functools.cache(driver._kernel.__wrapped__))
+    with pytest.raises(type(error), match=str(error)) as caught:
+        driver.load_default_kernels()
+    assert caught.value is error
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -65,9 +110,9 @@ def test_lazy_import_does_not_look_for_a_gpu():
 
 
 def test_log_switch_shows_what_is_compiled():
-    code = "from mlacore import jit; jit.compile(jit.VARIANTS['cache_append'])"
+    code = "from mlacore import jit; jit.compile(jit.VARIANTS['cache_gather'])"
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs the cu13 extra")
-    assert "compiled cache_append in" in run_python(code, MLACORE_LOG="debug").stderr
+    assert "compiled cache_gather in" in run_python(code, MLACORE_LOG="debug").stderr
     assert "compiled" not in run_python(code, MLACORE_LOG="").stderr
 
 

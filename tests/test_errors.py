@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import Case, Inputs, make_inputs
+from pretended_gpu import gpu_array
 
 import mlacore
-from mlacore import DecodePlan, arrays, merge_states, mla_decode, plan_decode, shapes
+from mlacore import DecodePlan, arrays, attention, merge_states, mla_decode, plan_decode, shapes
 from mlacore.arrays import bfloat16
+from mlacore.dispatch import KernelShape
 
 Make = Callable[..., Any]
 HEAD_DIM = "head_dim=576 (kv_lora_rank 512 + qk_rope_head_dim 64)"
@@ -31,9 +33,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
     def launch(*arguments: Any) -> None:
         raise AssertionError("the call reached the driver")
 
-    module = types.SimpleNamespace(num_sms=lambda device: 132, launch_plan=launch, launch_decode=launch)
+    module = types.SimpleNamespace(num_sms=lambda device: 132, launch_plan=launch, prepare_decode=launch)
     monkeypatch.setitem(sys.modules, "mlacore.driver", module)  # type: ignore[misc]
     monkeypatch.setattr(mlacore, "driver", module, raising=False)
+    monkeypatch.setattr(attention, "_prepared", {})
     return module
 
 
@@ -45,13 +48,6 @@ def numpy_array(shape: tuple[int, ...], dtype: Any, *, strides: Any = None, offs
         strides = np.empty(0, dtype).itemsize * np.cumprod([1, *shape[:0:-1]])[: len(shape)][::-1]
     flat = buffer[start : start + 64].view(dtype)[:1]
     return np.lib.stride_tricks.as_strided(flat, shape, tuple(map(int, strides)))
-
-
-def gpu_array(shape: tuple[int, ...], dtype: Any, *, strides: Any = None, offset: int = 0, device: int = 0) -> Any:
-    """CuPy array at a made-up address."""
-    cupy = pytest.importorskip("cupy")
-    memory = cupy.cuda.UnownedMemory((1 << 20) + offset, 1 << 30, None, device)
-    return cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, 0), strides=strides)
 
 
 @pytest.fixture(params=["numpy", "gpu"])
@@ -73,9 +69,9 @@ def arguments(make: Make) -> dict[str, Any]:
 
 
 def gpu_plan(device: int = 0) -> DecodePlan:
-    partials = gpu_array((8, 1, 1, 64, 512), np.float32), gpu_array((8, 1, 1, 64), np.float32)
-    work, splits = gpu_array((5, 2), np.int32), gpu_array((3, 2), np.int32)
-    return DecodePlan(3, 2, 16, 1, False, 4, device, work, splits, *partials)
+    names = ("work", "splits", "partial_out", "partial_sums", "merge_counters", "merge_abandoned")
+    arrays_of_plan = {name: gpu_array((5, 2), np.int32) for name in names}
+    return DecodePlan(3, 2, 16, 1, False, 4, device, kernel=KernelShape(32, 1, 1), **arrays_of_plan)
 
 
 def raises(kind: type[Exception], message: str) -> Any:
@@ -102,15 +98,9 @@ def raises(kind: type[Exception], message: str) -> Any:
             f"(batch, seq_len_q, num_heads, head_dim) with batch=3 (from cache_seqlens), {HEAD_DIM}",
         ),
         ("q", (3, 2, 0, 576), "(batch, seq_len_q, num_heads, head_dim) with batch=3"),
-        ("kv_cache", (12, 64, 576), "(num_pages, page_size, num_kv_heads, head_dim) with page_size=64"),
-        ("kv_cache", (12, 64, 1, 656), "(num_pages, page_size, num_kv_heads, head_dim) with page_size=64"),
-        (
-            "kv_cache",
-            (24, 32, 1, 576),
-            "(num_pages, page_size, num_kv_heads, head_dim) with page_size=64 (the only page size supported), "
-            + HEAD_DIM,
-        ),
-        ("kv_cache", (0, 64, 1, 576), "(num_pages, page_size, num_kv_heads, head_dim) with page_size=64"),
+        ("kv_cache", (12, 64, 576), f"(num_pages, page_size, num_kv_heads, head_dim) with {HEAD_DIM}"),
+        ("kv_cache", (12, 64, 1, 656), f"(num_pages, page_size, num_kv_heads, head_dim) with {HEAD_DIM}"),
+        ("kv_cache", (0, 64, 1, 576), f"(num_pages, page_size, num_kv_heads, head_dim) with {HEAD_DIM}"),
         (
             "out",
             (3, 2, 16, 576),
@@ -130,6 +120,16 @@ def test_wrong_shape(make: Make, argument: str, shape: tuple[int, ...], expected
     dtype = {"block_table": np.int32, "cache_seqlens": np.int32, "lse": np.float32}.get(argument, bfloat16)
     with raises(ValueError, f"{argument}: got shape {shape}, expected {expected}"):
         mla_decode(**arguments(make) | {argument: make(shape, dtype)})
+
+
+@pytest.mark.parametrize("page_size", [1, 48, 512])
+def test_wrong_page_size(make: Make, page_size: int) -> None:
+    wrong = make((12, page_size, 1, 576), bfloat16)
+    message = (
+        f"kv_cache: got page_size={page_size} (shape (12, {page_size}, 1, 576)), expected one of 16, 32, 64, 128, 256"
+    )
+    with raises(ValueError, message):
+        mla_decode(**arguments(make) | {"kv_cache": wrong})
 
 
 def test_kv_heads_must_divide_heads(make: Make) -> None:
@@ -216,8 +216,13 @@ def test_wrong_alignment(make: Make, argument: str) -> None:
 def test_free_strides_reach_the_driver(driver: Any) -> None:
     """Interleaved layers, sliced queries and tables, and any stride on axes of length 1: none of it is a mistake."""
     cupy = pytest.importorskip("cupy")
-    reached = []
-    driver.launch_decode = lambda *arguments: reached.append(arguments)
+    prepared, launched = [], []
+
+    def prepare(*arguments: Any) -> Any:
+        prepared.append(arguments)
+        return lambda *arguments: launched.append(arguments)
+
+    driver.prepare_decode = prepare
     call = {
         "q": gpu_array((3, 2, 16, 576), bfloat16, strides=(65536, 32768, 1168, 2)),
         "kv_cache": gpu_array((12, 64, 1, 576), bfloat16, strides=(60 * 73728, 1280, 6, 2)),
@@ -230,10 +235,10 @@ def test_free_strides_reach_the_driver(driver: Any) -> None:
     out, lse = mla_decode(**call, plan=plan, softmax_scale=0.5, stream=stream)
     assert out is call["out"]
     assert lse is call["lse"]
-    [got] = reached
-    expected = [*(call[name] for name in ("q", "kv_cache", "block_table", "cache_seqlens")), plan, out, lse]
-    assert all(a is b for a, b in zip(got, expected, strict=False))
-    assert got[len(expected) :] == (0.5, False, stream)
+    inputs = [call[name] for name in ("q", "kv_cache", "block_table", "cache_seqlens")]
+    assert [id(got) for got in prepared[0][:4]] == [id(array) for array in (*inputs[:3], plan)]
+    assert prepared[0][4:] == (0.5, False)
+    assert [id(got) for got in launched[0]] == [id(given) for given in (*inputs, plan, out, lse, stream)]
 
 
 # --- which side, which device ----------------------------------------------------------------------------------------

@@ -38,7 +38,10 @@ def test_a_broken_source_reports_kernel_definitions_and_log():
 STRUCTS = {
     "DecodeParams": params.DECODE_PARAMS,
     "PlanParams": params.PLAN_PARAMS,
-    "AppendParams": params.APPEND_PARAMS,
+    "WriteParams": params.WRITE_PARAMS,
+    "UpdateParams": params.UPDATE_PARAMS,
+    "CopyParams": params.COPY_PARAMS,
+    "GatherParams": params.GATHER_PARAMS,
 }
 
 
@@ -68,7 +71,7 @@ def test_structs_are_equal_on_both_sides(monkeypatch, struct):
     assert not _compiles(monkeypatch, _struct_checks(struct, swapped)), "the check itself must be able to fail"
 
 
-VARIANT = jit.VARIANTS["cache_append"]
+VARIANT = jit.VARIANTS["cache_gather"]
 
 
 @pytest.fixture
@@ -101,12 +104,12 @@ def test_a_folder_that_cannot_be_written_only_costs_the_compilation(tmp_path, mo
 
 
 def test_compile_all_fills_the_cache(cache_folder, monkeypatch):
-    monkeypatch.setattr(jit, "VARIANTS", {name: jit.VARIANTS[name] for name in ("mla_plan", "cache_append")})
+    monkeypatch.setattr(jit, "VARIANTS", {name: jit.VARIANTS[name] for name in ("mla_plan", "cache_gather")})
     lines: list[str] = []
     jit.compile_all(lines.append)
-    assert [line.split()[0] for line in lines] == ["mla_plan", "cache_append"]
+    assert [line.split()[0] for line in lines] == ["mla_plan", "cache_gather"]
     assert all("0 bytes spill stores" in line and "registers" in line for line in lines)
-    assert jit.status() == [("mla_plan", True), ("cache_append", True)]
+    assert jit.status() == [("mla_plan", True), ("cache_gather", True)]
 
 
 def test_a_full_disk_only_costs_the_entry(cache_folder, monkeypatch):

@@ -66,7 +66,7 @@ target = pathlib.Path({str(target)!r})
 assert pathlib.Path(mlacore.__file__).is_relative_to(target), mlacore.__file__
 assert mlacore.jit.source_dir() == target / "mlacore" / "cuda", mlacore.jit.source_dir()
 cache = mlacore.PagedKVCache(4, max_seqs=1, dtype="float32", device="cpu")
-seqs = cache.allocate(1)
+seqs = cache.create(1).seqs
 cache.append(seqs, np.ones((1, 70, 512), np.float32), np.ones((1, 70, 64), np.float32))
 out, lse = mlacore.mla_decode(np.ones((1, 1, 2, 576), np.float32), cache.pool, *cache.batch(seqs))
 assert np.allclose(out, 1) and np.allclose(lse, 24 + np.log(70)), (out, lse)
@@ -82,7 +82,7 @@ def test_sources_do_not_shadow_the_cuda_namespace():
 
 
 @pytest.mark.parametrize(
-    "target", ["install", "demo", "test", "test-gpu", "compile", "bench", "table", "lint", "format"]
+    "target", ["install", "demo", "test", "test-gpu", "compile", "bench", "bench-cache", "table", "lint", "format"]
 )
 def test_no_target_installs_into_an_existing_interpreter(target):
     plan = run("make", "--dry-run", target, f"PYTHON={sys.executable}", "VENV=")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlacore import plan_decode
 from mlacore.params import ITEM_COST_TILES, TILE_TOKENS
-from mlacore.plan import available_cpus, row_blocks, schedule, worker_items
+from mlacore.plan import available_cpus, schedule, worker_items
 
 LENGTHS = st.lists(
     st.one_of(st.integers(0, 200), st.integers(0, 100_000), st.sampled_from([0, 1, 63, 64, 65, 1 << 20])), min_size=1
@@ -110,33 +110,25 @@ def test_equal_sequences_go_one_to_a_worker() -> None:
 
 
 def test_worked_example() -> None:
-    """By hand, with F = 4: tiles 3, 0, 5 lie at 0, 7, 11; the line is 16 long, so 4 positions each for 4 workers."""
+    """By hand, with an item cost of 4: packed, tiles 3, 0, 5 lie at 0, 7, 11 of 16 positions; aligned, in stretches of
+    3, they take 1, 1 and 2 workers."""
     assert ITEM_COST_TILES == 4
-    work, splits = schedule(np.array([150, 0, 300], np.int32), 4)
-    assert work.tolist() == [[0, 0], [1, 0], [2, 0], [2, 1], [3, 0]]
+    lengths = np.array([150, 0, 300], np.int32)
+    work, splits = schedule(lengths, 4)
+    assert work.tolist() == [[0, 0], [1, 0], [2, 0], [2, 3], [3, 0]]
     assert splits.tolist() == [[0, 1], [1, 1], [2, 2]]
-    assert worker_items(work, 0) == [(0, 0, None)]
-    assert worker_items(work, 1) == [(1, 0, None)]
-    assert worker_items(work, 2) == [(2, 0, 1)]
-    assert worker_items(work, 3) == [(2, 1, None)]
-
-
-def test_row_blocks() -> None:
-    assert [row_blocks(*shape) for shape in [(1, 1, 1), (1, 64, 1), (1, 65, 1), (4, 128, 1), (2, 126, 3)]] == [
-        1,
-        1,
-        2,
-        8,
-        2,
-    ]
+    assert [worker_items(work, w) for w in range(4)] == [[(0, 0, None)], [(1, 0, None)], [(2, 0, 3)], [(2, 3, None)]]
+    work, splits = schedule(lengths, 2)  # fewer workers than sequences: packed
+    assert work.tolist() == [[0, 0], [2, 0], [3, 0]]
+    assert splits.tolist() == [[0, 1], [0, 1], [1, 1]]
 
 
 def test_plan_on_numpy() -> None:
     lengths = np.array([300, 0, 5], np.int32)
     plan = plan_decode(lengths, num_heads=128, seq_len_q=2, num_kv_heads=2, causal=True, num_workers=3)
     assert (plan.batch, plan.seq_len_q, plan.num_heads, plan.num_kv_heads, plan.causal) == (3, 2, 128, 2, True)
-    assert (plan.num_workers, plan.device, plan.row_blocks) == (3, None, 2)
-    assert (plan.partial_out, plan.partial_lse) == (None, None)
+    assert (plan.num_workers, plan.device, plan.kernel) == (3, None, None)
+    assert (plan.partial_out, plan.partial_sums) == (None, None)
     work, splits = schedule(lengths, 3)
     np.testing.assert_array_equal(plan.work, work)
     np.testing.assert_array_equal(plan.splits, splits)

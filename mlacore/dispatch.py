@@ -1,0 +1,73 @@
+"""Which decode kernel serves a shape: query rows on the M side of the matrix units, or on N, and in what clusters.
+
+`mla_decode_sm90` puts 64 query rows on M. `mla_decode_swapped_sm90` puts tokens, then latent columns there and 16 or 32
+rows on N: few rows are not padded, states are small, code is short. Measured on an H100 (2026-11-22, graph replay, µs):
+
+=====================  =======  =======  =======
+heads, batch, tokens   16 rows  32 rows  64 rows
+=====================  =======  =======  =======
+16, b=1, 4K               10.1     11.2     12.1
+16, b=1, 128K             62.8     66.5     67.2
+16, b=128, 16K           794.7    806.1    805.3
+32 (s_q=2), b=32, 8K     121.4    118.5    120.1
+128, b=1, 1K              10.1     11.5     16.2
+128, b=1, 4K              15.7     17.9     19.5
+128, b=4, 4K              31.6     27.5     28.2
+128, b=1, 32K             49.2     38.6     38.5
+128, b=1, 128K             160      101       84
+=====================  =======  =======  =======
+
+With more than 32 rows the swapped kernel needs a cluster, whose CTAs take 16 or 32 rows each and multicast every tile
+to each other. It has the smaller states to merge, but fewer rows a tile: it wins while there are few tokens in all,
+which is known only if the caller says so (``max_seq_len`` of `mlacore.plan_decode`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlacore.params import TILE_ROWS
+
+FEW_TOKENS_16_ROWS = 8192  # tokens of a batch up to which clusters of 16-row CTAs win over more than 32 rows
+FEW_TOKENS_32_ROWS = 16384
+MAX_CLUSTER_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class KernelShape:
+    """How a decode kernel divides the query rows of one KV head.
+
+    Attributes
+    ----------
+    tile_rows : int
+        Query rows of a CTA: 64, or 16 or 32 in the swapped kernel.
+    cluster_ctas : int
+        CTAs that load each tile together.
+    row_blocks : int
+        CTAs that a worker has for each KV head, a multiple of `cluster_ctas`.
+    """
+
+    tile_rows: int
+    cluster_ctas: int
+    row_blocks: int
+
+    def variant(self, dtype: str) -> str:
+        """Name of the kernel variant, a key of `mlacore.jit.VARIANTS`."""
+        kernel = "mla_decode_sm90" if self.tile_rows == TILE_ROWS else "mla_decode_swapped_sm90"
+        return f"{kernel}.{dtype}.rows{self.tile_rows}.cluster{self.cluster_ctas}"
+
+
+def choose(rows: int, tokens: int | None) -> KernelShape:
+    """The kernel for `rows` query rows of a KV head and at most `tokens` tokens in the whole batch (None: unknown)."""
+    if rows <= 16:
+        return KernelShape(16, 1, 1)
+    if rows <= 32:
+        return KernelShape(32, 1, 1)
+    if rows <= MAX_CLUSTER_ROWS and tokens is not None and tokens <= FEW_TOKENS_32_ROWS:
+        tile_rows = 16 if tokens <= FEW_TOKENS_16_ROWS else 32
+        ctas = (4 if rows <= 64 else 8) * 16 // tile_rows
+        return KernelShape(tile_rows, ctas, ctas)
+    blocks = -(-rows // TILE_ROWS)
+    return KernelShape(
+        TILE_ROWS, 2 if blocks % 2 == 0 else 1, blocks
+    )  # an odd block would leave an SM of its pair idle

@@ -1,0 +1,513 @@
+"""Prepared launches: what reaches the driver, which calls repeat one, and which must not.
+
+Arrays are CuPy's over made-up addresses; the driver library is one that writes down what it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import threading
+import time
+import types
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+from pretended_gpu import FakeDriver, gpu_array, pretend_driver
+
+from mlacore import (
+    DecodePlan,
+    attention,
+    cache_kernels,
+    decode_checks,
+    driver,
+    launch,
+    libcuda,
+    mla_decode,
+    params,
+    plan_decode,
+)
+from mlacore.arrays import bfloat16
+from mlacore.block_tables import TableChanges
+from mlacore.cache_layout import RowTransform
+from mlacore.dispatch import KernelShape
+from mlacore.shapes import LOG2_E
+
+pytest.importorskip("cupy")
+pytest.importorskip("cuda.bindings")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    return pretend_driver(monkeypatch)
+
+
+def make_plan(**changes: Any) -> DecodePlan:
+    """A plan of 4 workers for `make_call`'s shape; its arrays but `work` are not looked into, they have addresses."""
+    shape = {"batch": 3, "seq_len_q": 2, "num_heads": 128, "num_kv_heads": 1, "causal": False, "num_workers": 4}
+    kernel = KernelShape(tile_rows=64, cluster_ctas=2, row_blocks=4)
+    names = ("work", "splits", "partial_out", "partial_sums", "merge_counters", "merge_abandoned")
+    arrays_of_plan = {name: gpu_array((5, 2), np.int32) for name in names}
+    return DecodePlan(**shape | {"device": 0, "kernel": kernel} | arrays_of_plan | changes)
+
+
+def make_call(**changes: Any) -> dict[str, Any]:
+    """A valid call: 3 sequences, 2 queries, 128 heads, 12 pages, 4 columns. Every array has its own address."""
+    call = {
+        "q": gpu_array((3, 2, 128, 576), bfloat16),
+        "kv_cache": gpu_array((12, 64, 1, 576), bfloat16),
+        "block_table": gpu_array((3, 4), np.int32),
+        "cache_seqlens": gpu_array((3,), np.int32),
+        "out": gpu_array((3, 2, 128, 512), bfloat16),
+        "lse": gpu_array((3, 128, 2), np.float32),
+        "plan": make_plan(),
+    }
+    return call | changes
+
+
+def cupy_stream(handle: int) -> Any:
+    """What launches take of a CuPy stream."""
+    return types.SimpleNamespace(ptr=handle)
+
+
+# --- what reaches the driver -----------------------------------------------------------------------------------------
+
+
+def test_decode_reaches_the_driver(fake: FakeDriver) -> None:
+    call = make_call()
+    out, lse = mla_decode(**call, softmax_scale=0.25, stream=0x50)
+    assert out is call["out"]
+    assert lse is call["lse"]
+    [got] = fake.launches
+    assert got.function == fake.function("mla_decode_sm90.bfloat16.rows64.cluster2", params.DECODE_SHARED_BYTES)
+    assert (got.grid, got.block) == ((4, 1, 4), (params.DECODE_THREADS, 1, 1))
+    assert (got.shared_bytes, got.stream, got.overlaps_previous) == (params.DECODE_SHARED_BYTES, 0x50, True)
+
+    plan, given = call["plan"], {name: array for name, array in call.items() if name not in ("plan", "kv_cache")}
+    given["kv"] = call["kv_cache"]
+    given |= {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.type == "Any"}
+    expected = {name: array.data.ptr for name, array in given.items()} | {
+        "q_stride_batch": 2 * 128 * 576,
+        "q_stride_seq": 128 * 576,
+        "q_stride_head": 576,
+        "block_table_stride": 4,
+        "kv_stride_page": 64 * 576,
+        "num_pages": 12,
+        "prefetch_tiles": 2,
+        "batch": 3,
+        "max_pages": 4,
+        "seq_len_q": 2,
+        "num_heads": 128,
+        "num_kv_heads": 1,
+        "heads_per_kv": 128,
+        "row_blocks": 4,
+        "blocks_per_worker": 4,
+        "page_size_log2": 6,
+        "causal": 0,
+        "merge_patience_cycles": params.MERGE_PATIENCE_CYCLES,
+        "softmax_scale_log2": np.float32(0.25 * LOG2_E),
+    }
+    assert got.fields(params.DECODE_PARAMS) == expected
+    [encoded] = fake.tensor_maps
+    assert encoded == (call["kv_cache"].data.ptr, 9, (576, 64, 1, 12), (1152, 1152, 73728), (64, 32, 1, 1))
+    assert got.leading == bytes([1]) * 128
+    assert got.leading_address % 64 == 0
+
+
+@pytest.mark.parametrize("page_size", params.PAGE_SIZES)
+@pytest.mark.parametrize(
+    ("num_heads", "max_seq_len", "rows", "ctas"),
+    [
+        (8, None, 16, 1),
+        (16, None, 32, 1),
+        (32, None, 64, 1),
+        (64, None, 64, 2),
+        (96, None, 64, 1),
+        (32, 2000, 16, 4),
+        (64, 2000, 16, 8),
+        (32, 5000, 32, 2),
+        (64, 5000, 32, 4),
+    ],
+)
+def test_the_plans_kernel_is_launched(
+    fake: FakeDriver, num_heads: int, max_seq_len: int | None, rows: int, ctas: int, page_size: int
+) -> None:
+    """Variant, grid and box follow the plan, whose workers fill the SMs that clusters reach."""
+    call = make_call(
+        q=gpu_array((3, 2, num_heads, 576), bfloat16),
+        kv_cache=gpu_array((12, page_size, 1, 576), bfloat16),
+        out=None,
+        lse=None,
+    )
+    plan = plan_decode(call["cache_seqlens"], num_heads=num_heads, seq_len_q=2, max_seq_len=max_seq_len)
+    blocks = -(-2 * num_heads // rows)
+    assert plan.kernel == KernelShape(rows, ctas, blocks)
+    workers = plan.num_workers
+    assert workers == fake.resident[ctas] // blocks
+    mla_decode(**call | {"plan": plan})
+    planned, got = fake.launches
+    assert planned.fields(params.PLAN_PARAMS)["num_workers"] == workers
+    kernel = "mla_decode_sm90" if rows == 64 else "mla_decode_swapped_sm90"
+    name, shared = f"{kernel}.bfloat16.rows{rows}.cluster{ctas}", params.DECODE_SHARED_BYTES
+    assert (got.function, got.grid) == (fake.function(name, shared), (blocks, 1, workers))
+    assert fake.occupancies == [(got.function, params.DECODE_THREADS, shared, ctas, 0)]
+    fields = got.fields(params.DECODE_PARAMS)
+    assert (fields["row_blocks"], fields["blocks_per_worker"]) == (blocks, blocks)
+    assert fields["merge_patience_cycles"] == params.MERGE_PATIENCE_CYCLES
+    assert (1 << fields["page_size_log2"], fields["kv_stride_page"]) == (page_size, page_size * 576)
+    [(_, _, dims, strides, box)] = fake.tensor_maps
+    assert (dims, strides) == ((576, page_size, 1, 12), (1152, 1152, page_size * 1152))
+    assert box == (64, min(page_size, 64 // ctas), 1, 1)
+    slots = (2 * workers, 1, blocks)
+    assert plan.partial_out.shape == (*slots, rows * 512)
+    assert plan.partial_sums.shape == (*slots, rows // 2, 4)
+    assert (plan.merge_counters.shape, plan.merge_abandoned.shape) == ((workers, 1, blocks, 2), slots)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "page_size", "strides", "tiles"),
+    [
+        (KernelShape(64, 1, 1), 64, None, 0),  # no cluster
+        (KernelShape(64, 1, 5), 64, None, 0),
+        (KernelShape(64, 2, 2), 64, None, 1),
+        (KernelShape(64, 2, 4), 256, None, 2),  # two clusters share the sequence
+        (KernelShape(64, 2, 8), 128, None, 2),
+        (KernelShape(16, 8, 8), 64, None, 1),
+        (KernelShape(64, 2, 4), 32, None, 0),  # a tile in several pages
+        (KernelShape(64, 2, 4), 64, (1 << 20, 1152, 1152, 2), 2),  # layers interleaved by page
+        (KernelShape(64, 2, 4), 64, (81920, 1280, 1280, 2), 0),  # rows with gaps
+    ],
+)
+def test_prefetch_wants_clusters_and_contiguous_tiles(
+    fake: FakeDriver, kernel: KernelShape, page_size: int, strides: Any, tiles: int
+) -> None:
+    kv_cache = gpu_array((12, page_size, 1, 576), bfloat16, strides=strides)
+    mla_decode(**make_call(kv_cache=kv_cache, plan=make_plan(kernel=kernel)))
+    fields = fake.launches[-1].fields(params.DECODE_PARAMS)
+    assert fields["prefetch_tiles"] == tiles
+    assert fields["kv_stride_page"] == kv_cache.strides[0] // 2
+
+
+def test_rows_of_several_kv_heads_are_not_prefetched(fake: FakeDriver) -> None:
+    kv_cache = gpu_array((12, 64, 2, 576), bfloat16)
+    plan = make_plan(num_kv_heads=2, kernel=KernelShape(64, 2, 2))
+    mla_decode(**make_call(kv_cache=kv_cache, plan=plan))
+    [got] = fake.launches
+    assert got.grid == (2, 2, 4)
+    assert got.fields(params.DECODE_PARAMS)["prefetch_tiles"] == 0
+    assert fake.tensor_maps[-1][2:4] == ((576, 64, 2, 12), (2304, 1152, 147456))
+
+
+@pytest.mark.parametrize(("ctas", "resident"), [(2, 132), (4, 128), (8, 120)])
+def test_nobody_waits_where_not_all_ctas_are_resident(fake: FakeDriver, ctas: int, resident: int) -> None:
+    kernel = KernelShape(64 if ctas == 2 else 16, ctas, ctas)
+    for workers, patience in ((resident // ctas, params.MERGE_PATIENCE_CYCLES), (resident // ctas + 1, 0)):
+        mla_decode(**make_call(plan=make_plan(kernel=kernel, num_workers=workers)))
+        assert fake.launches[-1].fields(params.DECODE_PARAMS)["merge_patience_cycles"] == patience
+    assert len(fake.occupancies) == 1
+
+
+def test_plan_reaches_the_driver(fake: FakeDriver) -> None:
+    plan, lengths = make_plan(), gpu_array((3,), np.int32)
+    plan.update(lengths, stream=0x51)
+    (planned,) = fake.launches
+    assert (planned.function, planned.grid, planned.stream) == (fake.function("mla_plan", 0), (1, 1, 1), 0x51)
+    assert planned.block == (params.PLAN_THREADS, 1, 1)
+    assert planned.fields(params.PLAN_PARAMS) == {
+        "cache_seqlens": lengths.data.ptr,
+        "work": plan.work.data.ptr,
+        "splits": plan.splits.data.ptr,
+        "batch": 3,
+        "num_workers": 4,
+    }
+    assert not planned.overlaps_previous
+
+
+def test_buffers_that_are_not_given_are_made(fake: FakeDriver) -> None:
+    for missing in ({"out": None}, {"lse": None}, {"out": None, "lse": None}) * 2:
+        call = make_call(**missing)
+        out, lse = mla_decode(**call)
+        assert (out.shape, out.dtype) == ((3, 2, 128, 512), bfloat16)
+        assert (lse.shape, lse.dtype) == ((3, 128, 2), np.float32)
+        fields = fake.launches[-1].fields(params.DECODE_PARAMS)
+        assert (fields["out"], fields["lse"]) == (out.data.ptr, lse.data.ptr)
+    assert len(attention._prepared) == 3
+
+
+# --- which calls repeat a launch -------------------------------------------------------------------------------------
+
+
+def test_other_addresses_streams_and_plans_repeat_a_launch(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, prepare = [], driver.prepare_decode
+    monkeypatch.setattr(driver, "prepare_decode", lambda *given: prepared.append(given) or prepare(*given))
+    for stream in (0x50, 0x51, None):
+        call = make_call()
+        mla_decode(**call, stream=stream)
+        fields = fake.launches[-1].fields(params.DECODE_PARAMS)
+        assert fields["q"] == call["q"].data.ptr
+        assert fields["work"] == call["plan"].work.data.ptr
+        assert fake.tensor_maps[-1][0] == call["kv_cache"].data.ptr
+    assert [launched.stream for launched in fake.launches] == [0x50, 0x51, 0]
+    mla_decode(**call)
+    assert len(prepared) == 1
+    assert len(fake.tensor_maps) == 3  # one for each pool
+    assert [launched.leading[0] for launched in fake.launches] == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kv_cache": gpu_array((13, 64, 1, 576), bfloat16)},
+        {"kv_cache": gpu_array((12, 64, 1, 576), bfloat16, strides=(147456, 1152, 1152, 2))},
+        {"block_table": gpu_array((3, 5), np.int32)},
+        {"block_table": gpu_array((3, 4), np.int32, strides=(64, 4))},
+        {"q": gpu_array((3, 2, 128, 576), bfloat16, strides=(147456, 147456, 1152, 2))},
+        {"softmax_scale": 0.5},
+        {"softmax_scale": np.float32(0.25)},
+        {"causal": True, "plan": make_plan(causal=True)},
+        {"plan": make_plan(num_workers=8)},
+        {"plan": make_plan(kernel=KernelShape(64, 1, 4))},
+        {"kv_cache": gpu_array((12, 32, 1, 576), bfloat16)},
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_other_shapes_and_options_get_a_launch_of_their_own(fake: FakeDriver, change: dict[str, Any]) -> None:
+    call = make_call()
+    for _ in range(2):
+        mla_decode(**call)
+        mla_decode(**call | change)
+    first, second, third, fourth = fake.launches
+    for one, other in ((first, third), (second, fourth)):
+        assert one.fields(params.DECODE_PARAMS) == other.fields(params.DECODE_PARAMS)
+        assert (one.function, one.grid, one.stream) == (other.function, other.grid, other.stream)
+    if "kv_cache" in change:
+        assert fake.tensor_maps[0] != fake.tensor_maps[1]
+    else:
+        assert first.fields(params.DECODE_PARAMS) != second.fields(params.DECODE_PARAMS) or first.grid != second.grid
+    assert len(attention._prepared) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": gpu_array((3, 2, 128, 576), bfloat16, offset=8)}, r"q: got address 0x\w+8, expected a multiple of 16"),
+        ({"kv_cache": gpu_array((12, 64, 1, 576), bfloat16, offset=8)}, r"kv_cache: got address 0x\w+8"),
+        ({"out": gpu_array((3, 2, 128, 512), bfloat16, offset=8)}, r"out: got address 0x\w+8"),
+        ({"q": gpu_array((3, 2, 128, 576), bfloat16, strides=(294912, 147456, 1156, 2))}, "q: got strides"),
+        ({"lse": gpu_array((3, 128, 2), np.float32, strides=(4, 8, 4))}, "lse: got strides"),
+        ({"lse": gpu_array((3, 128, 2), np.int32)}, "lse: got dtype int32"),
+        ({"lse": gpu_array((3, 128, 3), np.float32)}, "lse: got shape"),
+        ({"block_table": gpu_array((3, 4), np.int32, device=1)}, "block_table: got an array on cuda:1"),
+        ({"lse": np.empty((3, 128, 2), np.float32)}, "lse: got NumPy"),
+        ({"q": None}, "q: got NoneType"),
+        ({"plan": make_plan(batch=4)}, "plan: got a plan for batch=4"),
+        ({"plan": make_plan(causal=True)}, "plan: got a plan for causal=True"),
+        ({"plan": make_plan(device=1)}, "plan: got a plan for cuda:1"),
+        ({"plan": ()}, "plan: got tuple"),
+        ({"causal": 0}, "causal: got int"),
+        ({"causal": []}, "causal: got list"),
+        ({"head_dim_v": 512.0}, None),
+        ({"softmax_scale": True}, "softmax_scale: got bool"),
+        ({"softmax_scale": [1.0]}, "softmax_scale: got list"),
+        ({"softmax_scale": float("nan")}, "softmax_scale: got nan"),
+        ({"stream": "default"}, "stream: got str"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_named_after_the_right_call(fake: FakeDriver, change: dict[str, Any], message: str | None) -> None:
+    call = make_call(softmax_scale=1.0)
+    mla_decode(**call)
+    with pytest.raises((TypeError, ValueError), match=message):
+        mla_decode(**call | change)
+    assert len(fake.launches) == 1
+    mla_decode(**call)
+    assert len(fake.launches) == 2
+
+
+def test_a_changed_array_is_checked_again(fake: FakeDriver) -> None:
+    """Arrays are told apart by what they are, not by which object they are."""
+    call = make_call()
+    mla_decode(**call)
+    call["block_table"].shape = (4, 3)
+    with pytest.raises(ValueError, match=r"block_table: got shape \(4, 3\)"):
+        mla_decode(**call)
+
+
+def test_check_switch_is_asked_every_time(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, checked = make_call(), []
+    monkeypatch.setattr(decode_checks, "check_indices", lambda *arguments: checked.append(arguments))
+    for value, times in (("0", 0), ("1", 1), ("1", 2), ("0", 2)):
+        monkeypatch.setenv("MLACORE_CHECK", value)
+        mla_decode(**call, stream=0x50)
+        assert len(checked) == times
+    monkeypatch.delenv("MLACORE_CHECK")
+    mla_decode(**call)
+    assert len(checked) == 2
+    table, lengths, *rest = checked[0]
+    assert table is call["block_table"]
+    assert lengths is call["cache_seqlens"]
+    assert rest == [12, 64, 0x50]
+
+
+def test_nothing_keeps_a_plan_or_an_array(fake: FakeDriver) -> None:
+    memory = gpu_array((3, 2, 128, 576), bfloat16)
+    owner = weakref.ref(memory.data.mem._owner)
+    call = make_call(q=memory)
+    work = weakref.ref(call["plan"].work.data.mem._owner)
+    mla_decode(**call)
+    del call, memory
+    gc.collect()
+    assert (owner(), work()) == (None, None)
+
+
+def test_the_caches_are_bounded(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_MAX_PREPARED", 4)
+    for columns in [*range(1, 12), 1]:
+        mla_decode(**make_call(block_table=gpu_array((3, columns), np.int32)))
+        assert len(attention._prepared) <= 4
+    assert [launched.fields(params.DECODE_PARAMS)["max_pages"] for launched in fake.launches] == [*range(1, 12), 1]
+    maps = launch.tensor_maps(0, "bfloat16", (576, 64, 1, 12), (1152, 1152, 73728), (64, 32, 1, 1))
+    for address in range(0, 300 * 16, 16):
+        maps(address)
+    assert maps.cache_info().currsize == maps.cache_info().maxsize == 256  # type: ignore[attr-defined]
+
+
+# --- the cache's launches ---------------------------------------------------------------------------------------------
+
+
+def test_cache_update_reaches_the_driver(fake: FakeDriver) -> None:
+    table, where = gpu_array((8, 5), np.int32), gpu_array((2, 3), np.int64)
+    lengths, limits = gpu_array((8,), np.int32), gpu_array((8,), np.int32)
+    changes = [TableChanges.pack(np.array(seqs, np.int32), lengths=64, tokens=1) for seqs in ([1, 2, 3], [4, 5, 6])]
+    for change in (*changes, TableChanges.pack(np.arange(5, dtype=np.int32), lengths=0)):
+        stream = cupy_stream(0x50)
+        words = cache_kernels.update_words(change)
+        assert words == 960
+        cache_kernels.launch_update(change, words, table, lengths, limits, where, 32, stream)
+        got = fake.launches[-1]
+        assert (got.function, got.stream) == (fake.function("cache_update.960", 0), 0x50)
+        assert (got.shared_bytes, got.block) == (0, (params.UPDATE_ROWS * params.WARP_THREADS, 1, 1))
+        assert got.grid == (-(-change.num_changes // params.UPDATE_ROWS), 1, 1)
+        assert not got.overlaps_previous
+        assert len(got.leading) == 4 * words
+        np.testing.assert_array_equal(np.frombuffer(got.leading, np.int32)[: len(change.packed)], change.packed)
+        assert got.fields(params.UPDATE_PARAMS) == {
+            "block_table": table.data.ptr,
+            "cache_seqlens": lengths.data.ptr,
+            "limits": limits.data.ptr,
+            "where": where.data.ptr,
+            "block_table_stride": 5,
+            "num_changes": change.num_changes,
+            "num_tokens": change.num_tokens,
+            "page_size_log2": 5,
+        }
+    assert cache_kernels._update_launch.cache_info().misses == 2  # the second step repeats the first one's launch
+
+
+def test_cache_write_reaches_the_driver(fake: FakeDriver) -> None:
+    pool = gpu_array((7, 32, 1, 576), bfloat16, strides=(147456, 1152, 1152, 2))  # a layer of four
+    where, fused = gpu_array((2, 9), np.int64), gpu_array((9, 640), bfloat16)
+    ckv, kpe = fused[:, :512], fused[:, 512:576]
+    weight = gpu_array((512,), bfloat16)
+    cos, sin = gpu_array((100, 32), np.float32), gpu_array((100, 32), np.float32)
+    turned = RowTransform(weight, 1e-5, cos, sin, rope_interleaved=False)
+    for transform in (RowTransform(), turned, turned):
+        cache_kernels.launch_write(pool, where, ckv, kpe, transform, cupy_stream(0x50))
+    plain, *others = fake.launches
+    for got in fake.launches:
+        assert (got.function, got.stream) == (fake.function("cache_write.bfloat16", 0), 0x50)
+        assert (got.grid, got.block) == ((3, 1, 1), (params.WRITE_ROWS * params.WARP_THREADS, 1, 1))
+    expected = {
+        "pool": pool.data.ptr,
+        "ckv": fused.data.ptr,
+        "kpe": fused.data.ptr + 1024,
+        "where": where.data.ptr,
+        "norm_weight": weight.data.ptr,
+        "rope_cos": cos.data.ptr,
+        "rope_sin": sin.data.ptr,
+        "pool_stride_page": 73728,
+        "pool_stride_row": 576,
+        "ckv_stride": 640,
+        "kpe_stride": 640,
+        "num_slots": 224,
+        "page_size_log2": 5,
+        "num_tokens": 9,
+        "rope_positions": 100,
+        "rope_interleaved": 0,
+        "norm_eps": np.float32(1e-5),
+    }
+    for got in others:
+        assert got.fields(params.WRITE_PARAMS) == expected
+    absent = dict.fromkeys(("norm_weight", "rope_cos", "rope_sin", "rope_positions"), 0)
+    assert plain.fields(params.WRITE_PARAMS) == expected | absent | {
+        "rope_interleaved": 1,
+        "norm_eps": np.float32(1e-6),
+    }
+    assert cache_kernels._write_launch.cache_info().misses == 2
+
+
+# --- contexts, threads, failures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("current", [None, 1])
+def test_the_launch_goes_to_the_arrays_device(fake: FakeDriver, current: int | None) -> None:
+    """In a new thread no context is current; elsewhere it may be another device's."""
+    call = make_call()
+    mla_decode(**call)
+    fake.current = current
+    mla_decode(**call)
+    assert [launched.device for launched in fake.launches] == [0, 0]
+    assert fake.current == current
+
+
+def test_the_context_is_left_when_a_launch_fails(fake: FakeDriver) -> None:
+    call = make_call()
+    fake.current, fake.status = 1, 719
+    with pytest.raises(RuntimeError, match="kernel launch failed: CUDA_ERROR_719"):
+        mla_decode(**call)
+    assert fake.current == 1
+    fake.status = 0
+    mla_decode(**call)
+    assert len(fake.launches) == 1
+
+
+def test_a_fork_is_told_so_after_a_prepared_launch(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make_call()
+    mla_decode(**call)
+    fake.status = 3  # what the driver answers in a fork
+    for name, function in fake.real.items():
+        monkeypatch.setattr(libcuda, name, function)
+    monkeypatch.setattr(libcuda, "_initialised_in", [1])
+    with pytest.raises(RuntimeError, match="before this process was forked"):
+        mla_decode(**call)
+
+
+def test_threads_do_not_share_parameters(fake: FakeDriver) -> None:
+    """While one thread is inside the driver, others fill in their own launches."""
+    fake.pause = lambda: time.sleep(0.001)
+    calls = [make_call() for _ in range(8)]
+    mla_decode(**calls[0])
+    fake.launches.clear()
+    failures: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(10):
+                mla_decode(**calls[index], stream=0x100 + index)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(fake.launches) == 80
+    for launched in fake.launches:
+        call = calls[launched.stream - 0x100]
+        fields = launched.fields(params.DECODE_PARAMS)
+        assert (fields["q"], fields["lse"]) == (call["q"].data.ptr, call["lse"].data.ptr)
+        assert launched.record_before == launched.record
