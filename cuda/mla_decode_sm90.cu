@@ -52,6 +52,7 @@
 // for the softmax (next to the other group's WGMMAs it issues at half its rate), then both halves of P V and their
 // hand-over. At s_q=1 the pages come from memory and not from L2, which lengthens the first figure; the prefetch takes
 // most of that back. What was tried without gain stands in the CHANGELOG.
+#include "cluster.cuh"
 #include "epilogue.cuh"
 #include "layout.cuh"
 #include "load_kv.cuh"
@@ -232,18 +233,12 @@ struct Consumer {
     for (u32 i = 0; i < kGroupColumns / 2; ++i) out[i] *= factors.r[(i / 2) % 2];
   }
 
-  // P is zero for tokens past the end, but 0 * NaN is not: the group clears those rows of its half of V.
+  // The group's half of V.
   __device__ __forceinline__ void clear_past_end(const Tile& tile) {
-    if (tile.valid_tokens >= i32(kTileTokens)) return;
     const u32 v = shared_address(shared.kv[tile.stage][kGroupIndex * kGroupChunks]);
-    constexpr u32 kCellsPerToken = kGroupChunks * kCellsPerRow;
-    for (u32 i = thread; i < (kTileTokens - u32(tile.valid_tokens)) * kCellsPerToken; i += kWarpgroupThreads) {
-      const u32 token = u32(tile.valid_tokens) + i / kCellsPerToken, cell = i % kCellsPerToken;
-      st_shared_zero_16(v + cell / kCellsPerRow * kChunkBytes + token * kChunkRowBytes +
-                        cell % kCellsPerRow * kCellBytes);
+    if (clear_tokens<kGroupChunks, kWarpgroupThreads>(v, tile.valid_tokens, thread)) {
+      bar_sync(kGroup + kGroupIndex, kWarpgroupThreads);
     }
-    fence_proxy_async();
-    bar_sync(kGroup + kGroupIndex, kWarpgroupThreads);
   }
 
   // O += P V with P of the own tile, from registers.
@@ -279,14 +274,8 @@ struct Consumer {
     if (lane == 0) mbarrier_arrive(shared_address(&shared.q_empty));
   }
 
-  // To every CTA of the cluster, since each writes into this one's stages.
   __device__ __forceinline__ void release_half(const Tile& tile) {
-    const u32 empty = shared_address(&shared.kv_empty[tile.stage][kGroupIndex]);
-    if constexpr (kClusterCtas == 1) {
-      if (lane == 0) mbarrier_arrive(empty);
-    } else {
-      if (lane < kClusterCtas) mbarrier_arrive_cluster(empty, lane);
-    }
+    release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][kGroupIndex]));
   }
 
   // Softmax and O update of an even tile, whose scores are complete.
@@ -500,21 +489,6 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
 
 // ---- kernel --------------------------------------------------------------------------------------------------------
 
-// Barriers are initialised in all CTAs that will use them.
-__device__ __forceinline__ void sync_ctas() {
-  if constexpr (kClusterCtas == 1) {
-    __syncthreads();
-  } else {
-    barrier_cluster_arrive();
-    barrier_cluster_wait();
-  }
-}
-
-// This thread is done with the barriers of the other CTAs. None may exit before the others are done with its own.
-__device__ __forceinline__ void leave_cluster() {
-  if constexpr (kClusterCtas > 1) barrier_cluster_arrive();
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClusterCtas, 1, 1)
     mla_decode_sm90(const __grid_constant__ TensorMap kv_map, const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
@@ -533,7 +507,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     }
     fence_mbarrier_init();
   }
-  sync_ctas();
+  enter_cluster<kClusterCtas>();
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();  // everything above overlaps the end of the previous kernel; nothing above reads memory
 
@@ -546,7 +520,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
                                              (threadIdx.x - kConsumerThreads) / kWarpThreads - 1);
     }
     __syncwarp();
-    leave_cluster();
+    leave_cluster<kClusterCtas>();
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
     // The stages serve as scratch once nothing is loaded into them any more.
@@ -561,8 +535,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     } else {
       consume<1>(shared, params, block, items, merge);
     }
-    leave_cluster();
+    leave_cluster<kClusterCtas>();
     merge.run();
   }
-  if constexpr (kClusterCtas > 1) barrier_cluster_wait();
+  await_cluster<kClusterCtas>();
 }

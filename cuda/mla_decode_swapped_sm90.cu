@@ -35,6 +35,7 @@
 //
 // A row's scores lie across the warps of a group, so its sum is collected once, at the end of an item.
 #include "cells.cuh"
+#include "cluster.cuh"
 #include "layout.cuh"
 #include "load_kv.cuh"
 #include "load_q.cuh"
@@ -233,23 +234,11 @@ struct Consumer {
     for (u32 i = 0; i < kThreadRows; ++i) sum[i] += tile_sum[i];
   }
 
-  // P is zero for tokens past the end, but 0 * NaN is not: the group clears those rows of V.
-  __device__ __forceinline__ void clear_past_end(const Tile& tile) {
-    if (tile.valid_tokens >= i32(kTileTokens)) return;
-    const u32 v = shared_address(shared.kv[tile.stage]);
-    constexpr u32 kCellsPerToken = kLatentChunks * kCellsPerRow;
-    for (u32 i = thread; i < (kTileTokens - u32(tile.valid_tokens)) * kCellsPerToken; i += kWarpgroupThreads) {
-      const u32 token = u32(tile.valid_tokens) + i / kCellsPerToken, cell = i % kCellsPerToken;
-      st_shared_zero_16(v + cell / kCellsPerRow * kChunkBytes + token * kChunkRowBytes +
-                        cell % kCellsPerRow * kCellBytes);
-    }
-    fence_proxy_async();
-    bar_sync(kGroup + group, kWarpgroupThreads);
-  }
-
   // 3
   __device__ __forceinline__ void accumulate(const Tile& tile, bool is_first) {
-    clear_past_end(tile);
+    if (clear_tokens<kLatentChunks, kWarpgroupThreads>(shared_address(shared.kv[tile.stage]), tile.valid_tokens, thread)) {
+      bar_sync(kGroup + group, kWarpgroupThreads);
+    }
     const u64 v = n_major_descriptor(shared_address(shared.kv[tile.stage]));
     const u64 p = k_major_descriptor(shared_address(shared.p[group]));
 #pragma unroll
@@ -269,14 +258,9 @@ struct Consumer {
     for (u32 chunk = 0; chunk < kLatentChunks; ++chunk) keep_order(out[chunk]);
   }
 
-  // 4: to every CTA of the cluster, since each writes into this one's stages.
+  // 4
   __device__ __forceinline__ void release(const Tile& tile) {
-    const u32 empty = shared_address(&shared.kv_empty[tile.stage][0]);
-    if constexpr (kClusterCtas == 1) {
-      if (lane == 0) mbarrier_arrive(empty);
-    } else {
-      if (lane < kClusterCtas) mbarrier_arrive_cluster(empty, lane);
-    }
+    release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][0]));
   }
   __device__ __forceinline__ void release_q() {
     if (lane == 0) mbarrier_arrive(shared_address(&shared.q_empty));
@@ -499,21 +483,6 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
 
 // ---- kernel --------------------------------------------------------------------------------------------------------
 
-// Barriers are initialised in all CTAs that will use them.
-__device__ __forceinline__ void sync_ctas() {
-  if constexpr (kClusterCtas == 1) {
-    __syncthreads();
-  } else {
-    barrier_cluster_arrive();
-    barrier_cluster_wait();
-  }
-}
-
-// This thread is done with the barriers of the other CTAs. None may exit before the others are done with its own.
-__device__ __forceinline__ void leave_cluster() {
-  if constexpr (kClusterCtas > 1) barrier_cluster_arrive();
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClusterCtas, 1, 1)
     mla_decode_swapped_sm90(const __grid_constant__ TensorMap kv_map, const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
@@ -530,7 +499,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     }
     fence_mbarrier_init();
   }
-  sync_ctas();
+  enter_cluster<kClusterCtas>();
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();  // everything above overlaps the end of the previous kernel; nothing above reads memory
 
@@ -543,7 +512,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
       load_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, warp - 1);
     }
     __syncwarp();
-    leave_cluster();
+    leave_cluster<kClusterCtas>();
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
     // The stages serve as scratch once nothing is loaded into them any more.
@@ -553,8 +522,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
     barrier_cta_sync(kMerge, kConsumerThreads);
     consume(shared, params, block, items, merge, __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0));
-    leave_cluster();
+    leave_cluster<kClusterCtas>();
     merge.run();
   }
-  if constexpr (kClusterCtas > 1) barrier_cluster_wait();
+  await_cluster<kClusterCtas>();
 }

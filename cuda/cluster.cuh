@@ -1,0 +1,35 @@
+// The CTAs that load tiles together, one or a cluster of several: how they start, hand stages back and end.
+#pragma once
+#include "ptx.cuh"
+
+// Barriers are initialised in all CTAs that will use them.
+template <u32 kClusterCtas>
+__device__ __forceinline__ void enter_cluster() {
+  if constexpr (kClusterCtas == 1) {
+    __syncthreads();
+  } else {
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
+  }
+}
+
+// By one whole warp: it is done with a stage, which every CTA of the cluster loads a part of. `empty` is this CTA's barrier.
+template <u32 kClusterCtas>
+__device__ __forceinline__ void release_stage(u32 empty) {
+  const u32 lane = threadIdx.x % kWarpThreads;
+  if constexpr (kClusterCtas == 1) {
+    if (lane == 0) mbarrier_arrive(empty);
+  } else {
+    if (lane < kClusterCtas) mbarrier_arrive_cluster(empty, lane);
+  }
+}
+
+// This thread is done with the barriers of the other CTAs. None may exit before the others are done with its own.
+template <u32 kClusterCtas>
+__device__ __forceinline__ void leave_cluster() {
+  if constexpr (kClusterCtas > 1) barrier_cluster_arrive();
+}
+template <u32 kClusterCtas>
+__device__ __forceinline__ void await_cluster() {
+  if constexpr (kClusterCtas > 1) barrier_cluster_wait();
+}
