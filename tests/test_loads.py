@@ -1,0 +1,198 @@
+"""The producer warp (cuda/load_kv.cuh), run on the host: which rows of which pages land where, for any plan and lengths.
+
+The host compiler builds the real source, the 32 lanes as threads that meet in its shuffles. What would be a TMA copy
+is written down.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mlacore import jit, params
+from mlacore.params import DECODE_PARAMS, HEAD_DIM_QK, PAGE_SIZES, TILE_ROWS, TILE_TOKENS
+from mlacore.plan import schedule, worker_items
+
+STAGES, CHUNKS, CHUNK_COLUMNS = 2, HEAD_DIM_QK // 64, 64
+CLUSTERS = sorted({*params.CLUSTER_CTAS, *(ctas for _, ctas in params.SWAPPED_VARIANTS)})
+FIELDS = 7  # of a load: stage, chunk, first row in the tile, first column, first row in the page, KV head, page
+
+# Stands for ptx.cuh: what the producer uses of it.
+PTX = r"""
+#pragma once
+#include "types.cuh"
+#include <vector>
+struct TensorMap { u64 opaque[16]; };
+inline u32 rank_of_cta;
+inline std::vector<int> loads;
+inline u32 bytes_expected;
+inline u16 kv[STAGES][CHUNKS][64 * 64];
+inline u64 kv_full[STAGES][CHUNKS], kv_empty[STAGES][2];
+template <typename T> u32 shared_address(const T& object) {
+  return u32(reinterpret_cast<const char*>(&object) - reinterpret_cast<const char*>(kv));
+}
+template <typename T> u32 shared_address(T* object) {
+  return u32(reinterpret_cast<const char*>(object) - reinterpret_cast<const char*>(kv));
+}
+inline u32 cluster_ctarank() { return rank_of_cta; }
+inline bool mbarrier_try_wait_parity(u32, u32) { return true; }
+inline void mbarrier_arrive_expect_tx(u32, u32 bytes) { bytes_expected += bytes; }
+inline void fence_proxy_async() {}
+inline void st_shared_zero_16(u32) {}
+inline void trap() {}
+inline void cp_async_bulk_prefetch(const void*, u32) {}
+inline void cp_async_bulk_tensor_4d(u32 destination, const TensorMap*, u32, i32 c0, i32 c1, i32 c2, i32 c3) {
+  const int row = destination / 128;
+  for (int value : {row / 64 / CHUNKS, row / 64 % CHUNKS, row % 64, c0, c1, c2, c3}) loads.push_back(value);
+}
+inline void cp_async_bulk_tensor_4d_multicast(u32 d, const TensorMap* m, u32 b, i32 c0, i32 c1, i32 c2, i32 c3, u16) {
+  cp_async_bulk_tensor_4d(d, m, b, c0, c1, c2, c3);
+}
+"""
+
+SHIM = r"""
+#include <algorithm>
+#include <barrier>
+#include <thread>
+#include <vector>
+#define __device__
+#define __forceinline__ inline
+using std::max;
+using std::min;
+struct Index { unsigned x; };
+static thread_local Index threadIdx;
+struct int2 { int x, y; };
+static float __int_as_float(int) { return 0; }
+static std::barrier<> warp(32);
+static int lanes[32];
+static int __shfl_sync(unsigned, int value, int lane) {
+  lanes[threadIdx.x % 32] = value;
+  warp.arrive_and_wait();
+  const int received = lanes[lane & 31];
+  warp.arrive_and_wait();
+  return received;
+}
+#include "load_kv.cuh"
+template <u32 kCtas>
+static void producer(const DecodeParams& params, const Block& block) {
+  auto& empty = reinterpret_cast<u64(&)[STAGES][1]>(kv_empty);
+  load_kv<kCtas>(kv, kv_full, empty, nullptr, params, block);
+}
+extern "C" int run(const DecodeParams* params, int ctas, int rank, int worker, int kv_head, int* out, int capacity) {
+  loads.clear();
+  bytes_expected = 0;
+  rank_of_cta = rank;
+  const Block block = {worker, kv_head, rank};
+  std::vector<std::thread> threads;
+  for (unsigned lane = 0; lane < 32; ++lane) threads.emplace_back([&, lane] {
+    threadIdx.x = lane;
+    if (ctas == 1) producer<1>(*params, block);
+    if (ctas == 2) producer<2>(*params, block);
+    if (ctas == 4) producer<4>(*params, block);
+    if (ctas == 8) producer<8>(*params, block);
+  });
+  for (std::thread& thread : threads) thread.join();
+  if (int(loads.size()) > capacity) return -1;
+  std::copy(loads.begin(), loads.end(), out);
+  return int(loads.size());
+}
+extern "C" unsigned expected_bytes() { return bytes_expected; }
+"""
+
+
+@pytest.fixture(scope="module")
+def producer(tmp_path_factory):
+    """``run(record, ctas, rank, worker)``: the loads ``[n, FIELDS]`` of one CTA, and the bytes it announced."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("loads")
+    for header in Path(jit.source_dir()).glob("*.cuh"):
+        shutil.copy(header, folder)
+    (folder / "ptx.cuh").write_text(PTX)
+    (folder / "shim.cpp").write_text(SHIM)
+    defines = {"MLA_TILE_ROWS": TILE_ROWS, "MLA_TILE_TOKENS": TILE_TOKENS, "STAGES": STAGES, "CHUNKS": CHUNKS}
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-I", str(folder)]
+    command += [f"-D{name}={value}" for name, value in defines.items()]
+    subprocess.run([*command, "-o", str(folder / "shim.so"), str(folder / "shim.cpp")], check=True)
+    library = ctypes.CDLL(str(folder / "shim.so"))
+    library.expected_bytes.restype = ctypes.c_uint
+
+    def run(record: np.ndarray, ctas: int, rank: int, worker: int) -> tuple[np.ndarray, int]:
+        loads = np.empty(1 << 18, np.int32)
+        record_at, loads_at = ctypes.c_void_p(record.ctypes.data), ctypes.c_void_p(loads.ctypes.data)
+        count = library.run(record_at, ctas, rank, worker, 0, loads_at, loads.size)
+        assert count >= 0, "more loads than expected"
+        return loads[:count].reshape(-1, FIELDS), library.expected_bytes()
+
+    return run
+
+
+def expected_loads(
+    table: np.ndarray, lengths: np.ndarray, page_size: int, work: np.ndarray, worker: int, ctas: int, rank: int
+) -> list[tuple[int, ...]]:
+    """In order, by the definition: every tile of the worker's items, chunk by chunk, this CTA's share of the rows."""
+    share = TILE_TOKENS // ctas
+    box = min(page_size, share)
+    loads, position = [], 0
+    for sequence, begin, end in worker_items(work, worker):
+        tiles = -(-max(int(lengths[sequence]), 0) // TILE_TOKENS)
+        for tile in range(begin, tiles if end is None else min(end, tiles)):
+            stage = position % STAGES
+            position += 1
+            for chunk in range(CHUNKS):
+                for row in range(rank * share, (rank + 1) * share, box):
+                    column, place = divmod(tile * TILE_TOKENS + row, page_size)
+                    page = int(table[sequence, column]) if column < table.shape[1] else -1
+                    loads.append((stage, chunk, row, chunk * CHUNK_COLUMNS, place, 0, page))
+    return loads
+
+
+LENGTHS = st.lists(st.one_of(st.just(0), st.integers(-3, 200), st.integers(0, 9000)), min_size=1, max_size=7)
+
+
+@settings(max_examples=60)
+@given(
+    st.data(),
+    LENGTHS,
+    st.integers(1, 12),
+    st.sampled_from(PAGE_SIZES),
+    st.sampled_from(CLUSTERS),
+    st.booleans(),
+)
+@example(None, [0, 700], 1, 64, 1, False)  # a worker whose first item has no tiles
+@example(None, [0, 9000, 0, 0, 5000], 2, 16, 2, False)
+@example(None, [9000], 1, 256, 8, False)
+def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_workers, page_size, ctas, is_stale):
+    """Lengths that have moved on since the plan was made included, and tables too narrow for them."""
+    planned = np.array(planned, np.int32)
+    lengths = planned
+    if is_stale:
+        drawn = data.draw(st.lists(st.integers(0, 9000), min_size=len(planned), max_size=len(planned)))
+        lengths = np.array(drawn, np.int32)
+    work, splits = schedule(planned, num_workers)
+    columns = max(1, -(-int(max(lengths.max(), planned.max(), 1)) // page_size) - (page_size == 32))
+    table = np.arange(len(planned) * columns, dtype=np.int32).reshape(-1, columns) * 7 + 3
+    record = np.zeros(1, DECODE_PARAMS)
+    arrays = {"block_table": table, "cache_seqlens": lengths, "work": work, "splits": splits}
+    for name, array in arrays.items():
+        record[name] = array.ctypes.data
+    record["block_table_stride"], record["batch"], record["max_pages"] = columns, len(planned), columns
+    record["page_size_log2"], record["num_pages"] = page_size.bit_length() - 1, 1 << 20
+    record["prefetch_tiles"] = 1 if ctas > 1 and page_size >= TILE_TOKENS else 0
+    record["num_kv_heads"] = record["row_blocks"] = record["blocks_per_worker"] = 1
+    for worker in range(num_workers):
+        for rank in range(ctas):
+            loads, announced = producer(record, ctas, rank, worker)
+            expected = expected_loads(table, lengths, page_size, work, worker, ctas, rank)
+            np.testing.assert_array_equal(loads, np.array(expected, np.int32).reshape(-1, FIELDS))
+            # Each CTA waits for the bytes of whole chunks, whoever of the cluster sends them.
+            boxes_of_chunk = TILE_TOKENS // ctas // min(page_size, TILE_TOKENS // ctas)
+            assert announced == len(loads) // boxes_of_chunk * TILE_TOKENS * CHUNK_COLUMNS * 2
