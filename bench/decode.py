@@ -142,8 +142,14 @@ class Bench:
 def our_calls(inputs: Inputs, stream: Any) -> tuple[mlacore.DecodePlan, list[Callable[[], Any]]]:
     """A plan, and a call of ours for each input set."""
     case, lengths = inputs.case, inputs.cache_seqlens
-    counts = {"num_heads": case.num_heads, "seq_len_q": case.seq_len_q, "max_seq_len": int(inputs.lengths.max())}
-    plan = mlacore.plan_decode(lengths, **counts, causal=case.causal, stream=stream)
+    plan = mlacore.plan_decode(
+        lengths,
+        num_heads=case.num_heads,
+        seq_len_q=case.seq_len_q,
+        causal=case.causal,
+        max_seq_len=int(inputs.lengths.max()),
+        stream=stream,
+    )
     options = {"plan": plan, "causal": case.causal, "stream": stream}
     sets = zip(inputs.q, inputs.block_table, inputs.out, inputs.lse, strict=True)
     return plan, [

@@ -8,6 +8,7 @@ constexpr u32 kPlanThreads = MLA_PLAN_THREADS;
 constexpr u32 kPlanWarps = kPlanThreads / kWarpThreads;
 constexpr i32 kTileTokens = MLA_TILE_TOKENS;
 constexpr i32 kItemCostTiles = MLA_ITEM_COST_TILES;
+constexpr i32 kInvariantSplitTiles = MLA_INVARIANT_SPLIT_TILES;
 static_assert(kItemCostTiles >= 1, "positions of sequences must differ, empty ones included");
 static_assert(kPlanWarps <= kWarpThreads, "one warp scans the warps' sums");
 
@@ -43,10 +44,45 @@ __device__ __forceinline__ Position exclusive_sum(Position value, Position* warp
   return before + inclusive - value;
 }
 
+// Workers without items, and the end of the last worker.
+__device__ __forceinline__ void idle_workers(const PlanParams& params, i32 first) {
+  for (i32 worker = first + i32(threadIdx.x); worker <= params.num_workers; worker += i32(kPlanThreads)) {
+    params.work[2 * worker] = params.batch;
+    params.work[2 * worker + 1] = 0;
+  }
+}
+
+// A worker a split, and the splits by each sequence's length alone.
+__device__ __forceinline__ void plan_batch_invariant(const PlanParams& params, Position* warp_sums) {
+  Position workers_before = 0;
+  for (i32 base = 0; base < params.batch; base += i32(kPlanThreads)) {
+    const i32 sequence = base + i32(threadIdx.x);
+    const i32 tiles = sequence < params.batch ? tiles_of(params.cache_seqlens[sequence], kTileTokens) : 0;
+    const i32 extent = invariant_extent(tiles, kInvariantSplitTiles, params.max_splits);
+    const i32 num_splits = sequence < params.batch ? i32(own_workers(tiles, extent)) : 0;
+    Position workers_of_round;
+    const i32 first = i32(workers_before + exclusive_sum(num_splits, warp_sums, workers_of_round));
+    workers_before += workers_of_round;
+    if (sequence >= params.batch) continue;
+    params.splits[2 * sequence] = first;
+    params.splits[2 * sequence + 1] = num_splits;
+    for (i32 split = 0; split < num_splits; ++split) {
+      params.work[2 * (first + split)] = sequence;
+      params.work[2 * (first + split) + 1] = split * extent;
+    }
+  }
+  idle_workers(params, i32(workers_before));
+}
+
 extern "C" __global__ void __launch_bounds__(kPlanThreads) mla_plan(const __grid_constant__ PlanParams params) {
   __shared__ Position warp_sums[kPlanWarps];
   __shared__ bool fits[kExtents];
+  __shared__ i32 used_workers;
   __shared__ i32 kept_tiles[kKept];
+  if (params.max_splits > 0) {
+    plan_batch_invariant(params, warp_sums);
+    return;
+  }
   const i32 rounds = (params.batch + i32(kPlanThreads) - 1) / i32(kPlanThreads);
   const u32 lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
   const auto read_tiles = [&](i32 sequence) { return tiles_of(params.cache_seqlens[sequence], kTileTokens); };
@@ -107,11 +143,8 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) mla_plan(const __grid
       params.work[2 * worker] = sequence;
       params.work[2 * worker + 1] = begin_tile(worker, extent, position);
     }
-    if (sequence == params.batch - 1) {
-      for (i32 worker = last + 1; worker <= params.num_workers; ++worker) {
-        params.work[2 * worker] = params.batch;
-        params.work[2 * worker + 1] = 0;
-      }
-    }
+    if (sequence == params.batch - 1) used_workers = last + 1;
   }
+  __syncthreads();
+  idle_workers(params, used_workers);
 }

@@ -42,6 +42,7 @@ struct PlanParams {
   i32* splits;                // [batch, 2]
   i32 batch;
   i32 num_workers;
+  i32 max_splits;             // of a sequence in a batch-invariant schedule; 0: in any other
 };
 
 struct WriteParams {

@@ -6,6 +6,8 @@
 // packed   a span is the sequence's tiles and an item cost more, which is what another item costs a worker (prologue,
 //          epilogue, merge). Stretches balance tiles + cost * (items - 1) within one tile.
 // aligned  a span is a whole number of stretches: no worker has more than one item. Taken where stretches get no longer.
+//
+// A batch-invariant schedule cuts every sequence by its own length instead, a worker a split.
 #pragma once
 
 #ifndef MLA_SCHEDULE_FUNCTION
@@ -35,6 +37,13 @@ MLA_SCHEDULE_FUNCTION Position own_workers(int tiles, Position extent) {
 // Positions from one sequence to the next.
 MLA_SCHEDULE_FUNCTION Position span_of(int tiles, Position extent, bool is_aligned, int item_cost_tiles) {
   return is_aligned ? own_workers(tiles, extent) * extent : Position(tiles) + item_cost_tiles;
+}
+
+// Batch-invariant: stretch of a sequence's splits, from its own tiles alone.
+MLA_SCHEDULE_FUNCTION int invariant_extent(int tiles, int split_tiles, int max_splits) {
+  const int extent = item_extent(tiles), splits = (extent - 1) / split_tiles + 1;
+  const int bounded = splits < max_splits ? splits : max_splits;
+  return (extent - 1) / bounded + 1;
 }
 
 // First and last worker of the sequence at `position`.

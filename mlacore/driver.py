@@ -147,15 +147,15 @@ _DECODE_ADDRESSES = (
 )
 
 
-def launch_plan(cache_seqlens: Any, work: Any, splits: Any, stream: Any) -> None:
+def launch_plan(cache_seqlens: Any, work: Any, splits: Any, max_splits: int, stream: Any) -> None:
     """Compute the split schedule on the device (`cuda/mla_plan.cu`)."""
-    launch = _plan_launch(cache_seqlens.data.device_id, len(cache_seqlens), len(work) - 1)
+    launch = _plan_launch(cache_seqlens.data.device_id, len(cache_seqlens), len(work) - 1, max_splits)
     launch(stream.ptr, (cache_seqlens.data.ptr, work.data.ptr, splits.data.ptr))
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_launch(device: int, batch: int, num_workers: int) -> Launch:
-    values = {"batch": batch, "num_workers": num_workers}
+def _plan_launch(device: int, batch: int, num_workers: int, max_splits: int) -> Launch:
+    values = {"batch": batch, "num_workers": num_workers, "max_splits": max_splits}
     record = make_record(params.PLAN_PARAMS, values, _PLAN_ADDRESSES)
     function = _function("mla_plan", device, 0)
     return Launch(function, device, (1, 1, 1), params.PLAN_THREADS, 0, record, _PLAN_ADDRESSES)

@@ -83,7 +83,11 @@ def _variants() -> Iterator[Variant]:
                 (*swapped, *launch, ("MLA_CLUSTER_CTAS", ctas)),
                 is_default and ctas == 1,
             )
-    plan = (("MLA_ITEM_COST_TILES", params.ITEM_COST_TILES), ("MLA_PLAN_THREADS", params.PLAN_THREADS))
+    plan = (
+        ("MLA_ITEM_COST_TILES", params.ITEM_COST_TILES),
+        ("MLA_INVARIANT_SPLIT_TILES", params.INVARIANT_SPLIT_TILES),
+        ("MLA_PLAN_THREADS", params.PLAN_THREADS),
+    )
     yield Variant("mla_plan", "mla_plan", (*_TILE, *plan))
     for dtype, element in ELEMENTS.items():
         write = (*_DIMS, ("MLA_ELEMENT", element), ("MLA_WRITE_ROWS", params.WRITE_ROWS))

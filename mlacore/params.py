@@ -19,6 +19,10 @@ HEAD_DIM_V = KV_LORA_RANK
 
 # What one more item on a worker costs (prologue, epilogue, its share of the merge), in tiles.
 ITEM_COST_TILES = 4
+# Tiles of a split in a batch-invariant schedule, at least; and the most splits of a sequence. More splits are faster at
+# batch 1, fewer at large batches, and the batch must not decide.
+INVARIANT_SPLIT_TILES = 16
+MAX_INVARIANT_SPLITS = 64
 
 WARP_THREADS = 32
 DECODE_THREADS = 384  # two consumer warpgroups and one of producers
@@ -80,6 +84,7 @@ PLAN_PARAMS = _struct(
     ("splits", _POINTER),
     ("batch", _I32),
     ("num_workers", _I32),
+    ("max_splits", _I32),
 )
 
 WRITE_PARAMS = _struct(

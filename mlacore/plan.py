@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from mlacore import arrays, dispatch, shapes
 from mlacore.dispatch import KernelShape
-from mlacore.params import HEAD_DIM_V, ITEM_COST_TILES, TILE_TOKENS
+from mlacore.params import HEAD_DIM_V, INVARIANT_SPLIT_TILES, ITEM_COST_TILES, MAX_INVARIANT_SPLITS, TILE_TOKENS
 
-MAX_WORKERS = 8192
+MAX_WORKERS = 65535
 MAX_KV_HEADS = 65535
 
 
@@ -47,6 +47,8 @@ class DecodePlan:
         Sequence and tile at which each worker begins; the last row is ``(batch, 0)``.
     splits : int32 ``[batch, 2]``
         First worker and number of workers of each sequence.
+    max_splits : int
+        Most splits of a sequence, if the plan is batch-invariant; 0 for others.
     kernel : KernelShape or None
         The GPU kernel (`mlacore.dispatch`); None for NumPy.
     partial_out : float32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows * 512]`` or None
@@ -69,6 +71,7 @@ class DecodePlan:
     device: int | None
     work: Any
     splits: Any
+    max_splits: int = 0
     kernel: KernelShape | None = None
     partial_out: Any = None
     partial_sums: Any = None
@@ -94,11 +97,11 @@ class DecodePlan:
         """
         lengths, stream = _take_lengths(cache_seqlens, stream, self.batch, self.device)
         if self.device is None:
-            self.work[...], self.splits[...] = schedule(lengths, self.num_workers)
+            self.work[...], self.splits[...] = schedule(lengths, self.num_workers, self.max_splits)
         else:
             from mlacore import driver
 
-            driver.launch_plan(lengths, self.work, self.splits, stream)
+            driver.launch_plan(lengths, self.work, self.splits, self.max_splits, stream)
 
 
 def plan_decode(
@@ -109,6 +112,7 @@ def plan_decode(
     num_kv_heads: int = 1,
     causal: bool = False,
     max_seq_len: int | None = None,
+    batch_invariant: bool = False,
     num_workers: int | None = None,
     stream: Any = None,
 ) -> DecodePlan:
@@ -129,6 +133,11 @@ def plan_decode(
     max_seq_len : int, optional
         Bound of the lengths in tokens, where the host knows one. It only helps to choose the kernel: small batches of
         short sequences with more than 32 query rows are faster with it, and no result depends on it being right.
+    batch_invariant : bool
+        Split each sequence by its own length alone, so that the bits of its results depend neither on the other
+        sequences nor on how many there are. Needs `max_seq_len`, and lengths within it: longer sequences are attended
+        to correctly, but in other splits than a larger `max_seq_len` would give them. Scratch memory grows with the
+        batch and `max_seq_len`, since each split has a worker of its own.
     num_workers : int, optional
         Default: as many as fill the GPU's SMs; in NumPy the CPUs this process may use.
     stream : CuPy stream, int or object with ``__cuda_stream__``, optional
@@ -154,49 +163,63 @@ def plan_decode(
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected at most {MAX_KV_HEADS} (CUDA's grid)")
     if max_seq_len is not None:
         max_seq_len = shapes.check_count("max_seq_len", max_seq_len)
+    max_splits = 0
+    if batch_invariant:
+        if max_seq_len is None or num_workers is not None:
+            got = "no max_seq_len" if max_seq_len is None else f"num_workers={num_workers}"
+            raise ValueError(f"batch_invariant: got {got}, expected max_seq_len and no num_workers (a worker a split)")
+        max_splits = invariant_splits(-(-max_seq_len // TILE_TOKENS))
     if num_workers is not None:
         num_workers = shapes.check_count("num_workers", num_workers)
         if num_workers > MAX_WORKERS:
-            raise ValueError(f"num_workers: got {num_workers}, expected at most {MAX_WORKERS}")
+            raise ValueError(f"num_workers: got {num_workers}, expected at most {MAX_WORKERS} (CUDA's grid)")
     device = None if arrays.on_numpy(cache_seqlens=cache_seqlens) else -1
     lengths, stream = _take_lengths(cache_seqlens, stream, None, device)
     batch = lengths.shape[0]
 
+    if max_splits:
+        num_workers = batch * max_splits
+        if num_workers > MAX_WORKERS:
+            raise ValueError(
+                f"batch_invariant: got batch={batch} with up to {max_splits} splits each (max_seq_len={max_seq_len}), "
+                f"expected at most {MAX_WORKERS} splits in all (CUDA's grid)"
+            )
+    shape = (batch, seq_len_q, num_heads, num_kv_heads, bool(causal))
     if device is None:
         num_workers = num_workers or available_cpus()
-        work, splits = schedule(lengths, num_workers)
-        return DecodePlan(batch, seq_len_q, num_heads, num_kv_heads, bool(causal), num_workers, None, work, splits)
+        return DecodePlan(*shape, num_workers, None, *schedule(lengths, num_workers, max_splits), max_splits)
 
     from mlacore import driver
 
     device = lengths.data.device_id
     rows = seq_len_q * (num_heads // num_kv_heads)
-    kernel = dispatch.choose(rows, None if max_seq_len is None else batch * max_seq_len)
+    # The kernel decides about bits as well: a batch-invariant choice looks at the rows alone.
+    kernel = dispatch.choose(rows, None if max_seq_len is None or batch_invariant else batch * max_seq_len)
     ctas = kernel.row_blocks * num_kv_heads
     num_workers = num_workers or max(1, driver.resident_ctas(kernel, device) // ctas)
     slots = (2 * num_workers, num_kv_heads, kernel.row_blocks)
     with arrays.on_device(device, stream) as cupy:
         plan = DecodePlan(
-            batch,
-            seq_len_q,
-            num_heads,
-            num_kv_heads,
-            bool(causal),
+            *shape,
             num_workers,
             device,
             work=cupy.empty((num_workers + 1, 2), cupy.int32),
             splits=cupy.empty((batch, 2), cupy.int32),
+            max_splits=max_splits,
             kernel=kernel,
             partial_out=cupy.empty((*slots, kernel.tile_rows * HEAD_DIM_V), cupy.float32),
             partial_sums=cupy.empty((*slots, kernel.tile_rows // 2, 4), cupy.float32),
             merge_counters=cupy.zeros((num_workers, *slots[1:], 2), cupy.uint32),
             merge_abandoned=cupy.zeros(slots, cupy.uint32),
         )
-    driver.launch_plan(lengths, plan.work, plan.splits, stream)
+    driver.launch_plan(lengths, plan.work, plan.splits, max_splits, stream)
     return plan
 
 
-def schedule(lengths: npt.NDArray[np.integer], num_workers: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+Schedule = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+
+
+def schedule(lengths: npt.NDArray[np.integer], num_workers: int, max_splits: int = 0) -> Schedule:
     """The schedule of one batch: the executable definition of what the planner kernel computes.
 
     Parameters
@@ -205,6 +228,8 @@ def schedule(lengths: npt.NDArray[np.integer], num_workers: int) -> tuple[npt.ND
         Tokens of each sequence; negative counts as 0.
     num_workers : int
         At least 1.
+    max_splits : int
+        For a batch-invariant schedule: most splits of a sequence, with ``batch * max_splits`` workers. Else 0.
 
     Returns
     -------
@@ -215,6 +240,8 @@ def schedule(lengths: npt.NDArray[np.integer], num_workers: int) -> tuple[npt.ND
     """
     batch = len(lengths)
     tiles = -(-np.maximum(lengths.astype(np.int64), 0) // TILE_TOKENS)
+    if max_splits:
+        return _batch_invariant_schedule(tiles, num_workers, max_splits)
     positions = np.maximum(tiles, 1)  # an empty sequence still is one item, at one position
     total = int(tiles.sum())
     extent = max(1, -(-(total + ITEM_COST_TILES * (batch - 1)) // num_workers))  # positions of one worker
@@ -238,6 +265,24 @@ def schedule(lengths: npt.NDArray[np.integer], num_workers: int) -> tuple[npt.ND
     first = np.minimum(begin // extent, num_workers - 1)
     last = np.minimum((end - 1) // extent, num_workers - 1)
     return work, np.column_stack([first, last - first + 1]).astype(np.int32)
+
+
+def _batch_invariant_schedule(tiles: npt.NDArray[np.int64], num_workers: int, max_splits: int) -> Schedule:
+    batch, positions = len(tiles), np.maximum(tiles, 1)
+    extent = -(-positions // np.minimum(-(-positions // INVARIANT_SPLIT_TILES), max_splits))
+    num_splits = -(-positions // extent)
+    first = np.cumsum(num_splits) - num_splits
+    sequence = np.repeat(np.arange(batch), num_splits)
+    tile = (np.arange(len(sequence)) - first[sequence]) * extent[sequence]
+    work = np.zeros((num_workers + 1, 2), np.int32)
+    work[:, 0] = batch
+    work[: len(sequence)] = np.column_stack([sequence, tile])
+    return work, np.column_stack([first, num_splits]).astype(np.int32)
+
+
+def invariant_splits(tiles: int) -> int:
+    """Splits of a sequence of that many tiles in a batch-invariant schedule, at most."""
+    return max(1, min(MAX_INVARIANT_SPLITS, -(-tiles // INVARIANT_SPLIT_TILES)))
 
 
 def worker_items(work: npt.NDArray[np.int32], worker: int) -> list[tuple[int, int, int | None]]:

@@ -116,6 +116,25 @@ def test_same_bits_whatever_the_threads_do() -> None:
         assert_same_bits(run(case), first)
 
 
+def test_batch_invariant_bits_do_not_depend_on_neighbours() -> None:
+    lengths = (3000, 64, 0, 1500, 10)
+    case = Case(5, 2, max(lengths), 16, causal=True, lengths=lengths)
+    inputs = make_inputs(case)
+    options: dict[str, Any] = {"num_heads": 16, "seq_len_q": 2, "causal": True, "max_seq_len": 4000}
+
+    def attend(rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        some = Inputs(inputs.q[rows], inputs.kv_cache, inputs.block_table[rows], inputs.cache_seqlens[rows])
+        plan = plan_decode(some.cache_seqlens, **options, batch_invariant=True)
+        return mla_decode(*some, plan=plan, causal=True)
+
+    together = attend([0, 1, 2, 3, 4])
+    expected = mla_decode_reference(*inputs, causal=True)
+    assert_close(together[0], expected[0], OUT_RULES[case.dtype], "out")
+    assert_close(together[1], expected[1], LSE_RULE, "lse")
+    for rows in ([0], [3], [4, 3, 2, 1, 0], [0, 0, 3]):
+        assert_same_bits(attend(rows), tuple(result[rows] for result in together))
+
+
 @pytest.mark.parametrize("case", CHEAP_CORNERS + TINY, ids=by_id)
 def test_page_order_is_bitwise_neutral(case: Case) -> None:
     inputs = make_inputs(case)

@@ -164,6 +164,25 @@ def test_same_call_same_bits(num_workers, num_heads, cupy):
         assert_same_bits(run(case, inputs, cupy), first)
 
 
+@pytest.mark.parametrize(("num_heads", "seq_len_q"), [(16, 1), (32, 1), (16, 4), (128, 1), (128, 2)])
+def test_batch_invariant_bits_do_not_depend_on_neighbours(num_heads, seq_len_q, cupy):
+    lengths = (3000, 64, 0, 20_000, 10, 1500, 7777)
+    case = Case(7, seq_len_q, max(lengths), num_heads, causal=True, lengths=lengths)
+    inputs = make_inputs(case, cupy)
+    options = {"max_seq_len": 20_000, "batch_invariant": True, "num_workers": None}
+    plan = plan_of(case, inputs, **options)
+    assert (plan.splits[:, 1] == 2).any()  # both ways to merge
+    assert (plan.splits[:, 1] > 2).any()
+    check(case, cupy, inputs, plan=plan)
+    together = run(case, inputs, cupy, plan=plan)
+    for rows in ([3], [0, 6], [6, 5, 4, 3, 2, 1, 0], [0] * 40 + [3]):
+        rows_of = cupy.asarray(rows)
+        some = Inputs(inputs.q[rows_of], inputs.kv_cache, inputs.block_table[rows_of], inputs.cache_seqlens[rows_of])
+        part = dataclasses.replace(case, batch=len(rows), lengths=tuple(lengths[row] for row in rows))
+        got = run(part, some, cupy, plan=plan_of(part, some, **options))
+        assert_same_bits(got, (together[0][rows_of], together[1][rows_of]))
+
+
 def test_place_of_pages_does_not_matter(cupy):
     inputs = make_inputs(SPLIT, cupy)
     moved = on_device(permute_pages(make_inputs(SPLIT)), cupy)

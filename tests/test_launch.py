@@ -221,6 +221,7 @@ def test_plan_reaches_the_driver(fake: FakeDriver) -> None:
         "splits": plan.splits.data.ptr,
         "batch": 3,
         "num_workers": 4,
+        "max_splits": 0,
     }
     assert not planned.overlaps_previous
 

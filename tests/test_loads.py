@@ -1,4 +1,4 @@
-"""The producer warp (cuda/load_kv.cuh), run on the host: which rows of which pages land where, for any plan and lengths.
+"""The producer warp (cuda/load_kv.cuh), run on the host: which rows of which pages land where, for any plan.
 
 The host compiler builds the real source, the 32 lanes as threads that meet in its shuffles. What would be a TMA copy
 is written down.

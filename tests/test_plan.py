@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlacore import plan_decode
-from mlacore.params import ITEM_COST_TILES, TILE_TOKENS
+from mlacore.params import INVARIANT_SPLIT_TILES, ITEM_COST_TILES, TILE_TOKENS
 from mlacore.plan import available_cpus, schedule, worker_items
 
 LENGTHS = st.lists(
@@ -121,6 +121,47 @@ def test_worked_example() -> None:
     work, splits = schedule(lengths, 2)  # fewer workers than sequences: packed
     assert work.tolist() == [[0, 0], [2, 0], [3, 0]]
     assert splits.tolist() == [[0, 1], [0, 1], [1, 1]]
+
+
+@given(LENGTHS, LENGTHS, st.integers(1, 64))
+def test_a_batch_invariant_sequence_is_cut_by_its_own_length(
+    before: list[int], after: list[int], max_splits: int
+) -> None:
+    def cuts(lengths: list[int], sequence: int) -> list[int]:
+        work, splits = schedule(np.array(lengths, np.int32), len(lengths) * max_splits, max_splits)
+        first, count = splits[sequence].tolist()
+        assert (work[first : first + count, 0] == sequence).all()
+        assert 1 <= count <= max_splits
+        return work[first : first + count, 1].tolist()
+
+    for length in (0, 1, 64 * INVARIANT_SPLIT_TILES, 64 * INVARIANT_SPLIT_TILES + 1, 100_000):
+        alone = cuts([length], 0)
+        assert alone == cuts([*before, length, *after], len(before))
+        assert alone == sorted(set(alone)), "no split without a tile"
+        assert alone[0] == 0
+        tiles = max(1, -(-length // TILE_TOKENS))
+        assert alone[-1] < tiles
+        if len(alone) < max_splits:
+            assert max(np.diff([*alone, tiles])) <= INVARIANT_SPLIT_TILES
+
+
+def test_batch_invariant_plans() -> None:
+    lengths = np.array([5000, 0, 70], np.int32)
+    plan = plan_decode(lengths, num_heads=16, max_seq_len=6000, batch_invariant=True)
+    assert (plan.max_splits, plan.num_workers) == (6, 18)  # 94 tiles, 16 a split
+    assert plan.splits.tolist() == [[0, 5], [5, 1], [6, 1]]
+    plan.update(
+        np.array([70, 9000, 0], np.int32)
+    )  # longer than was said: fewer splits than it would have, but all of it
+    assert plan.splits.tolist() == [[0, 1], [1, 6], [7, 1]]
+    with pytest.raises(
+        ValueError, match="batch_invariant: got no max_seq_len, expected max_seq_len and no num_workers"
+    ):
+        plan_decode(lengths, num_heads=16, batch_invariant=True)
+    with pytest.raises(ValueError, match="batch_invariant: got num_workers=4"):
+        plan_decode(lengths, num_heads=16, max_seq_len=100, num_workers=4, batch_invariant=True)
+    with pytest.raises(ValueError, match=r"got batch=2000 with up to 64 splits each .* at most 65535"):
+        plan_decode(np.zeros(2000, np.int32), num_heads=16, max_seq_len=1 << 20, batch_invariant=True)
 
 
 def test_plan_on_numpy() -> None:

@@ -48,11 +48,11 @@ template <typename T> static T __shfl_up_sync(unsigned, T value, unsigned offset
   return received;
 }
 #include "mla_plan.cu"
-extern "C" void plan(const int* lengths, int batch, int workers, int* work, int* splits) {
+extern "C" void plan(const int* lengths, int batch, int workers, int max_splits, int* work, int* splits) {
   if (warp_barriers.empty()) {
     for (int warp = 0; warp < MLA_PLAN_THREADS / 32; ++warp) warp_barriers.emplace_back(new std::barrier<>(32));
   }
-  const PlanParams params = {lengths, work, splits, batch, workers};
+  const PlanParams params = {lengths, work, splits, batch, workers, max_splits};
   std::vector<std::thread> threads;
   for (unsigned i = 0; i < MLA_PLAN_THREADS; ++i) {
     threads.emplace_back([&, i] { threadIdx.x = i; mla_plan(params); });
@@ -76,13 +76,13 @@ def kernel_on_host(tmp_path_factory):
     subprocess.run([*command, "-o", str(library), str(folder / "shim.cpp")], check=True)
     function = ctypes.CDLL(str(library)).plan
 
-    def plan(lengths: np.ndarray, workers: int) -> tuple[np.ndarray, np.ndarray]:
+    def plan(lengths: np.ndarray, workers: int, max_splits: int = 0) -> tuple[np.ndarray, np.ndarray]:
         guard = 3  # rows before and behind, which nothing may write
         work = np.full((workers + 1 + 2 * guard, 2), -7, np.int32)
         splits = np.full((len(lengths) + 2 * guard, 2), -7, np.int32)
         inner = work[guard:-guard], splits[guard:-guard]
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (lengths, *inner)]
-        function(pointers[0], len(lengths), workers, pointers[1], pointers[2])
+        function(pointers[0], len(lengths), workers, max_splits, pointers[1], pointers[2])
         for array in (work, splits):
             outside = np.concatenate([array[:guard], array[-guard:]])
             assert (outside == -7).all(), "a write outside the schedule"
@@ -106,6 +106,19 @@ def test_both_planners_agree(kernel_on_host, lengths, workers):
     expected_work, expected_splits = schedule(lengths, workers)
     np.testing.assert_array_equal(work, expected_work)
     np.testing.assert_array_equal(splits, expected_splits)
+
+
+@settings(max_examples=100)
+@given(LENGTHS, st.integers(1, 64))
+@example([2**31 - 1] * 64, 64)
+@example([0, -5], 1)
+def test_both_batch_invariant_planners_agree(kernel_on_host, lengths, max_splits):
+    lengths = np.array(lengths, np.int32)
+    workers = len(lengths) * max_splits
+    for got, expected in zip(
+        kernel_on_host(lengths, workers, max_splits), schedule(lengths, workers, max_splits), strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_the_kernel_is_built_for_more_than_one_warp():
