@@ -61,6 +61,10 @@ class Bench:
                 "mlacore": capture(_cycle(calls, num_calls), self.stream),
                 "load only": ceilings.load_only(inputs, num_calls, self.stream),
             }
+            if _is_timed_batch_invariant(case):
+                _, invariant = our_calls(inputs, self.stream, batch_invariant=True)
+                invariant[0]()  # loads what it needs
+                graphs["batch-invariant"] = capture(_cycle(invariant, num_calls), self.stream)
             peers: dict[str, dict[str, Any]] = {}
             left_out: dict[str, str] = {}
             for peer in self.peers.found:
@@ -104,6 +108,7 @@ class Bench:
             "load_only": load_only.as_json(),
             "floor_us": round(max(load_only.us, compute_us), 3),
             "mlacore": timings["mlacore"].as_json(),
+            "batch_invariant": timings["batch-invariant"].as_json() if "batch-invariant" in timings else None,
             "host_us": round(eager_us, 2),
             "plan": planning.as_json(),
             "error": errors,
@@ -139,7 +144,9 @@ class Bench:
         return max(len(inputs.q), math.ceil(GRAPH_US / estimate_us))
 
 
-def our_calls(inputs: Inputs, stream: Any) -> tuple[mlacore.DecodePlan, list[Callable[[], Any]]]:
+def our_calls(
+    inputs: Inputs, stream: Any, *, batch_invariant: bool = False
+) -> tuple[mlacore.DecodePlan, list[Callable[[], Any]]]:
     """A plan, and a call of ours for each input set."""
     case, lengths = inputs.case, inputs.cache_seqlens
     plan = mlacore.plan_decode(
@@ -148,6 +155,7 @@ def our_calls(inputs: Inputs, stream: Any) -> tuple[mlacore.DecodePlan, list[Cal
         seq_len_q=case.seq_len_q,
         causal=case.causal,
         max_seq_len=int(inputs.lengths.max()),
+        batch_invariant=batch_invariant,
         stream=stream,
     )
     options = {"plan": plan, "causal": case.causal, "stream": stream}
@@ -156,6 +164,11 @@ def our_calls(inputs: Inputs, stream: Any) -> tuple[mlacore.DecodePlan, list[Cal
         functools.partial(mlacore.mla_decode, q, inputs.pool, block_table, lengths, out=out, lse=lse, **options)
         for q, block_table, out, lse in sets
     ]
+
+
+def _is_timed_batch_invariant(case: Case) -> bool:
+    """Where its scratch memory, a state for each split, stays in the low gigabytes."""
+    return case.kind in ("latency", "few", "mtp") or (case.kind in ("compute", "tp") and case.seq_len_k <= 16384)
 
 
 def _cycle(calls: Sequence[Callable[[], Any]], count: int) -> list[Callable[[], Any]]:

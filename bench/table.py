@@ -58,6 +58,7 @@ def full_lines(result: Result) -> Lines:
         "share of floor": lambda row: f"{share(row, row['mlacore']['us']):.0%}",
     }
     optional: dict[str, Callable[[Row], str]] = {
+        "batch-invariant µs (÷)": _invariant,
         "cycles a tile": cycles,
         "MHz": lambda row: _whole(row["mlacore"].get("sm_mhz")),
         "W": lambda row: _whole(row["mlacore"].get("watts")),
@@ -246,6 +247,11 @@ def _key(row: Row) -> tuple[str, int, int, int, int]:
 def _versus(row: Row, name: str) -> str:
     theirs = row["peers"][name]["us"]
     return f"{_us(theirs)} ({theirs / row['mlacore']['us']:.2f})"
+
+
+def _invariant(row: Row) -> str:
+    timing = row.get("batch_invariant")
+    return f"{_us(timing['us'])} ({timing['us'] / row['mlacore']['us']:.2f})" if timing else "–"
 
 
 def _us(us: float) -> str:

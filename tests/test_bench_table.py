@@ -183,6 +183,14 @@ def test_full_table_holds_rates_share_cycles_and_ratios(result):
     assert third[-2:] == ["–", "–"]
 
 
+def test_batch_invariant_time_stands_beside_ours(result):
+    result["rows"][1]["batch_invariant"] = timing_of(15.0)
+    result["rows"][2]["batch_invariant"] = None  # not timed
+    titles, *rows = table.full_lines(result)
+    column = titles.index("batch-invariant µs (÷)")
+    assert [row[column] for row in rows] == ["–", "15.0 (1.20)", "–"]
+
+
 def test_columns_without_a_figure_are_left_out(old_result):
     titles = table.full_lines(old_result)[0]
     assert titles[6:] == ["share of floor", "FlashMLA µs (×)", "FA3 µs (×)"]
