@@ -122,7 +122,7 @@ def host_rows() -> list[dict[str, Any]]:
         pages = num_seqs * -(-num_tokens // PAGE_SIZE)
         seconds = clock(functools.partial(create_and_free, num_seqs, num_tokens))
         what = f"create and free, {num_seqs} prompt{'s' * (num_seqs > 1)} of {num_tokens:,} tokens at once"
-        rows.append(row("host", what, pages / seconds / 1e3, "K pages/s", "target: 200 at least"))
+        rows.append(row("host", what, pages / seconds / 1e3, "K pages/s"))
     ids = rng.integers(0, 100_000, 4096)
     seq = int(cache.create(1, num_tokens=4096).seqs[0])
     cache.publish(seq, ids)
@@ -187,13 +187,13 @@ def append_rows(cupy: Any, stream: Any) -> list[dict[str, Any]]:
     us = graph_us(calls, stream)
     host = host_us(lambda: cache.append(seqs, ckv[:, None], kpe[:, None]), stream)
     extend = host_us(lambda: cache.extend(seqs, 1), stream)
-    note = f"{us['write'] / us['copy']:.2f}× the copy kernel; target: 1.3×"
+    note = f"{us['write'] / us['copy']:.2f}× the copy kernel"
     return [
         row("GPU", f"copy kernel, {BATCH} × 1,152 bytes", us["copy"], "µs", f"device memcpy: {us['memcpy']:.2f} µs"),
         row("GPU", f"write, {BATCH} tokens", us["write"], "µs", note),
         row("GPU", f"write, {BATCH} tokens, RMSNorm and RoPE", us["both"], "µs", f"{us['both'] / us['copy']:.2f}×"),
-        row("GPU", f"advance, {BATCH} sequences", us["advance"], "µs", "once a step, for all layers"),
-        row("host", f"append, {BATCH} sequences, launches included", host, "µs", "target: 60"),
+        row("GPU", f"advance, {BATCH} sequences with nothing reserved", us["advance"], "µs", "once a step"),
+        row("host", f"append, {BATCH} sequences, launches included", host, "µs"),
         row("host", f"extend, {BATCH} sequences, launch included", extend, "µs"),
     ]
 
@@ -216,8 +216,8 @@ def update_rows(cupy: Any, stream: Any) -> list[dict[str, Any]]:
     us = graph_us({"plain": lambda: update(plain), "paged": lambda: update(paged)}, stream)
     what = f"block-table update, {TABLE_SEQS:,} sequences"
     return [
-        row("GPU", what, us["plain"], "µs", "target: 10"),
-        row("GPU", f"{what}, a new page each", us["paged"], "µs", "target: 10"),
+        row("GPU", what, us["plain"], "µs"),
+        row("GPU", f"{what}, a new page each", us["paged"], "µs"),
     ]
 
 

@@ -101,7 +101,7 @@ class Summary:
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
-    """One summary a kind; beside it the kinds whose goals depend on the length, short and long apart."""
+    """One summary a kind; beside it short and long cases apart where they differ most."""
     groups = {kind: [row for row in rows if row["kind"] == kind] for kind in dict.fromkeys(row["kind"] for row in rows)}
     many = [row for row in rows if row["kind"] == "compute" or (row["kind"] == "tp" and row["num_heads"] == TILE_ROWS)]
     groups[MANY_ROWS] = many

@@ -147,7 +147,7 @@ def host_us(call: Callable[[], Any], stream: Any, repeats: int = 50, bursts: int
 
 
 class Stopwatch:
-    """Wall-clock seconds of a run, by phase: where the time on a rented GPU goes.
+    """Wall-clock seconds of a run, by phase: where its time goes.
 
     Attributes
     ----------

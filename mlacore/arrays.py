@@ -51,8 +51,9 @@ def is_numpy(array: Any) -> bool:
 
 def are_cupy(*arrays: Any) -> bool:
     """Whether all are plain CuPy arrays, so that nothing has to be imported. Quick, for calls of a few µs."""
-    cupy = sys.modules.get("cupy")  # an instance exists only once CuPy is imported
-    return cupy is not None and {*map(type, arrays)} == {cupy.ndarray}
+    # An instance exists only once CuPy is imported; another thread may be about to.
+    ndarray = getattr(sys.modules.get("cupy"), "ndarray", None)
+    return ndarray is not None and {*map(type, arrays)} == {ndarray}
 
 
 def is_gpu(array: Any) -> bool:
@@ -191,5 +192,5 @@ class _RawStream:
 def is_cupy(array: Any) -> bool:
     """Whether `array` is a CuPy array. Imports nothing."""
     # An instance exists only once CuPy is imported; asking sys.modules keeps this free for NumPy users.
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(array, cupy.ndarray)
+    ndarray = getattr(sys.modules.get("cupy"), "ndarray", None)
+    return ndarray is not None and isinstance(array, ndarray)

@@ -119,6 +119,7 @@ def mla_decode(
         checks.check_indices(block_table, cache_seqlens, len(kv_cache), kv_cache.shape[1], stream)
     if plan is None:
         plan = _plan_for(q, kv_cache, cache_seqlens, causal, stream)
+        launch = _prepared.get((layouts, scalars, _plan_shape(plan)))
     if launch is None:
         from mlacore import driver
 

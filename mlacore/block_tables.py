@@ -59,6 +59,12 @@ class TableChanges:
     longest: int
     reserves: bool
 
+    @property
+    def end(self) -> int:
+        """One past the largest position of a token whose slot is asked for."""
+        records = self.records
+        return int(records[LENGTH].max(initial=0, where=records[TOKENS] > 0))
+
     @classmethod
     def pack(
         cls,

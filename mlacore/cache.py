@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from mlacore import cache_checks, shapes
-from mlacore.block_tables import LENGTH
 from mlacore.cache_layout import Created, NewTokens, StepTokens
 from mlacore.cache_state import CacheState, Integers
 from mlacore.page_pool import prefix_keys
@@ -274,9 +273,9 @@ class PagedKVCache(CacheState):
         counts, total, leading = cache_checks.bind_tokens(dims, rows, ckv, num_tokens)
         ckv, kpe = cache_checks.check_values(ckv, kpe, self.layout, dims, leading, stream, empty=total == 0)
         change = self._host.changes_to_grow(rows, counts)
-        longest = int(change.tables.records[LENGTH].max(initial=0)) if transform else 0
-        options = cache_checks.check_transform(self.layout, longest, stream, **transform)
+        options = cache_checks.check_transform(self.layout, change.tables.end if transform else 0, stream, **transform)
         with self._store.at(stream):
+            ckv, kpe = self._store.as_rows(ckv, kpe)  # now, since it may need memory: later the books have changed
             tokens = self._update_here(change, stream)
             if total:
                 self._store.write(0, tokens.where, ckv, kpe, options, stream)

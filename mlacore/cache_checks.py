@@ -93,13 +93,6 @@ def check_kernels_fit(layout: CacheLayout) -> None:
             raise ValueError(f"{name}: got {size}, expected {allowed} (what the GPU kernels take)")
 
 
-def check_bool(argument: str, value: Any) -> bool:
-    """`value` as a bool; TypeError unless it is one."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{argument}: got {type(value).__name__}, expected a bool")
-    return bool(value)
-
-
 # ---- sequences and numbers of tokens -------------------------------------------------------------------------------
 
 
@@ -332,7 +325,7 @@ def check_transform(
             raise ValueError(
                 f"rope_cos: got {len(rope_cos)} positions, expected at least {end} (one past the last new token's)"
             )
-    interleaved = check_bool("rope_interleaved", rope_interleaved)
+    interleaved = shapes.check_bool("rope_interleaved", rope_interleaved)
     return RowTransform(norm_weight, float(norm_eps), rope_cos, rope_sin, interleaved)
 
 

@@ -56,12 +56,15 @@ class CudaStore:
         tables = self.block_table, self.cache_seqlens, self.limits
         advance_rows_cuda(*tables, where, num_tokens, self._layout.page_size, stream.ptr)
 
-    def write(self, layer: int, where: Any, ckv: Any, kpe: Any, transform: RowTransform, stream: Any) -> None:
+    def as_rows(self, ckv: Any, kpe: Any) -> tuple[Any, Any]:
         # A view of whatever has evenly spaced rows, such as a slice of a projection's output; else one copy.
-        ckv, kpe = (
-            array if array.ndim == 2 else array.reshape(-1, width)
-            for array, width in ((ckv, self._layout.kv_lora_rank), (kpe, self._layout.qk_rope_head_dim))
-        )
+        if ckv.ndim != 2:
+            ckv = ckv.reshape(-1, self._layout.kv_lora_rank)
+        if kpe.ndim != 2:
+            kpe = kpe.reshape(-1, self._layout.qk_rope_head_dim)
+        return ckv, kpe
+
+    def write(self, layer: int, where: Any, ckv: Any, kpe: Any, transform: RowTransform, stream: Any) -> None:
         cache_kernels.launch_write(self._each_layer[layer], where, ckv, kpe, transform, stream)
 
     def copy_pages(self, pages: np.ndarray, stream: Any) -> None:
@@ -106,8 +109,8 @@ class CudaStore:
             layer.view(np.uint16)[: len(values), :, 0] = cupy.asarray(values)
 
     def _load_kernels(self, cupy: Any, stream: Any) -> None:
-        """Changes that change nothing, so that Numba compiles its kernels now and not in the first step, or in a
-        capture."""
+        """Changes that change nothing, so that kernels are compiled now and not in the first step, or in a capture; a
+        kernel that cannot be had fails here, before there are books to change."""
         where = cupy.empty((2, 1), np.int64)
         nothing = TableChanges.pack(np.zeros(1, np.int32), lengths=0)
         assert len(nothing.packed) == NUM_FIELDS
@@ -115,3 +118,5 @@ class CudaStore:
         self.apply(nothing, stream)
         apply_changes_cuda(nothing, cupy.asarray(nothing.packed), *tables, self._layout.page_size, stream.ptr)
         self.advance(where, 0, stream)
+        assert self._layout.device is not None
+        cache_kernels.load_write(str(self._layout.dtype), self._layout.device)

@@ -113,8 +113,14 @@ def load(
 
     cache = kind(**config)
     books = cache._host
-    books.restore(data["seqs"], data["seq_lens"], data["num_pages"], data["block_table"])
-    books.pool.restore(data["block_table"], data["found_pages"], [key.tobytes() for key in data["found_keys"]])
+    try:
+        books.restore(data["seqs"], data["seq_lens"], data["num_pages"], data["block_table"])
+        books.pool.restore(data["block_table"], data["found_pages"], [key.tobytes() for key in data["found_keys"]])
+        books.check_integrity(books.table, books.seq_lens, books.limits)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"source: got tables that contradict themselves ({error}), expected what save wrote"
+        ) from error
     stream = cache._stream(None)
     with cache._store.at(stream):
         cache._store.write_pages(pages)

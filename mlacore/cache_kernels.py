@@ -164,6 +164,11 @@ def _write_launch(
 # ---- pages and sequences -------------------------------------------------------------------------------------------
 
 
+def load_write(dtype: str, device: int) -> None:
+    """Have the kernel of `launch_write` ready."""
+    driver._function(f"cache_write.{dtype}", device, 0)
+
+
 def launch_copy(layers: Any, pages: Any, stream: Any) -> None:
     """Copy pages in all layers (`cuda/cache_copy.cu`): layers `[num_layers, num_pages, page_size, 1, 576]`, pages int32
     `[n, 2]` (from, to), none of which is in both columns."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlacore import shapes
-from mlacore.block_tables import LENGTH, TableChanges
+from mlacore.block_tables import TableChanges
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +90,9 @@ PLAIN = RowTransform()
 class NewTokens:
     """Where new tokens go; made by `PagedKVCache.create`, `extend`, `append` and `step_tokens`.
 
+    They are to be written before any call that may move, share or give back their pages: `fork`, `truncate`, `free` and
+    `compact`.
+
     Attributes
     ----------
     where : int64 ``[2, n]``, on the cache's device
@@ -107,7 +110,7 @@ class NewTokens:
     @property
     def end(self) -> int:
         """One past the largest position, 0 where only the device knows it."""
-        return 0 if self.changes is None else int(self.changes.records[LENGTH].max(initial=0))
+        return 0 if self.changes is None else self.changes.end
 
     @property
     def slots(self) -> Any:

@@ -52,16 +52,19 @@ class NumpyStore:
         tables = self.block_table, self.cache_seqlens, self.limits
         advance_rows_numpy(*tables, where, num_tokens, self._layout.page_size)
 
+    def as_rows(self, ckv: np.ndarray, kpe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of tokens with one leading axis: ckv ``[n, kv_lora_rank]`` and kpe ``[n, qk_rope_head_dim]``."""
+        return ckv.reshape(-1, self._layout.kv_lora_rank), kpe.reshape(-1, self._layout.qk_rope_head_dim)
+
     def write(
         self, layer: int, where: np.ndarray, ckv: np.ndarray, kpe: np.ndarray, transform: RowTransform, stream: None
     ) -> None:
-        """Write rows of tokens, ckv ``[n, kv_lora_rank]`` and kpe ``[n, qk_rope_head_dim]``, where they belong."""
+        """Write rows of tokens, as `as_rows` gives them, where they belong."""
         layout = self._layout
         slots, positions = where
         inside = (slots >= 0) & (slots < layout.num_pages * layout.page_size)
         pages, offsets = np.divmod(slots[inside], layout.page_size)
         rows = self.layers[layer, :, :, 0]
-        ckv, kpe = ckv.reshape(-1, layout.kv_lora_rank), kpe.reshape(-1, layout.qk_rope_head_dim)
         rows[pages, offsets, : layout.kv_lora_rank] = normalised(ckv[inside], transform)
         rows[pages, offsets, layout.kv_lora_rank :] = rotated(kpe[inside], positions[inside], transform)
 

@@ -44,7 +44,7 @@ class CacheState:
             qk_rope_head_dim=shapes.check_count("qk_rope_head_dim", qk_rope_head_dim),
             dtype=arrays.as_dtype(dtype),
             num_layers=None if num_layers is None else shapes.check_count("num_layers", num_layers),
-            interleaved=cache_checks.check_bool("interleaved", interleaved),
+            interleaved=shapes.check_bool("interleaved", interleaved),
             device=cache_checks.resolve_device(device),
         )
         self.num_pages, self.page_size, self.dtype = layout.num_pages, layout.page_size, layout.dtype

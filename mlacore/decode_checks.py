@@ -26,10 +26,9 @@ def check_call(
     """All checks of one decode call that look at no array's values; returns the scale."""
     dims = _check_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v, out, lse)
     scale = shapes.resolve_scale(softmax_scale, HEAD_DIM_QK)
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal: got {type(causal).__name__}, expected a bool")
+    causal = shapes.check_bool("causal", causal)
     if plan is not None:
-        _check_plan(plan, dims, bool(causal), arrays.device_of(q))
+        _check_plan(plan, dims, causal, arrays.device_of(q))
     return scale
 
 

@@ -19,7 +19,7 @@ HEAD_DIM_V = KV_LORA_RANK
 
 # What one more item on a worker costs (prologue, epilogue, its share of the merge), in tiles.
 ITEM_COST_TILES = 4
-# Tiles of a split in a batch-invariant schedule, at least; and the most splits of a sequence. More splits are faster at
+# Most tiles of a split in a batch-invariant schedule, until a sequence has the most splits. More splits are faster at
 # batch 1, fewer at large batches, and the batch must not decide.
 INVARIANT_SPLIT_TILES = 16
 MAX_INVARIANT_SPLITS = 64

@@ -31,7 +31,8 @@ MAX_KV_HEADS = 65535
 class DecodePlan:
     """A split schedule for one batch shape, with the scratch memory that its splits need. Made by `plan_decode`.
 
-    Calls that share a GPU plan must run one after another, as on one stream: they share its scratch memory.
+    Calls that share a GPU plan must run one after another, as on one stream: they share its scratch memory. A plan must
+    outlive the CUDA graphs that captured it.
 
     Attributes
     ----------
@@ -137,7 +138,8 @@ def plan_decode(
         Split each sequence by its own length alone, so that the bits of its results depend neither on the other
         sequences nor on how many there are. Needs `max_seq_len`, and lengths within it: longer sequences are attended
         to correctly, but in other splits than a larger `max_seq_len` would give them. Scratch memory grows with the
-        batch and `max_seq_len`, since each split has a worker of its own.
+        batch and `max_seq_len`, since each split has a worker of its own: 4 KB for each of its query rows, and at most
+        65,535 splits in all.
     num_workers : int, optional
         Default: as many as fill the GPU's SMs; in NumPy the CPUs this process may use.
     stream : CuPy stream, int or object with ``__cuda_stream__``, optional
@@ -161,6 +163,9 @@ def plan_decode(
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads={num_heads}")
     if num_kv_heads > MAX_KV_HEADS:
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected at most {MAX_KV_HEADS} (CUDA's grid)")
+    causal, batch_invariant = (
+        shapes.check_bool(name, value) for name, value in (("causal", causal), ("batch_invariant", batch_invariant))
+    )
     if max_seq_len is not None:
         max_seq_len = shapes.check_count("max_seq_len", max_seq_len)
     max_splits = 0
@@ -184,7 +189,7 @@ def plan_decode(
                 f"batch_invariant: got batch={batch} with up to {max_splits} splits each (max_seq_len={max_seq_len}), "
                 f"expected at most {MAX_WORKERS} splits in all (CUDA's grid)"
             )
-    shape = (batch, seq_len_q, num_heads, num_kv_heads, bool(causal))
+    shape = (batch, seq_len_q, num_heads, num_kv_heads, causal)
     if device is None:
         num_workers = num_workers or available_cpus()
         return DecodePlan(*shape, num_workers, None, *schedule(lengths, num_workers, max_splits), max_splits)

@@ -154,3 +154,10 @@ def resolve_scale(softmax_scale: Any, head_dim: int) -> float:
             f"softmax_scale: got {scale!r}, expected a finite float32 > 0 (the default is {head_dim}**-0.5)"
         )
     return scale
+
+
+def check_bool(argument: str, value: Any) -> bool:
+    """`value` as a bool; TypeError unless it is one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{argument}: got {type(value).__name__}, expected a bool")
+    return bool(value)

@@ -118,3 +118,15 @@ def test_between_a_pretended_gpu_and_the_cpu(monkeypatch):
 @pytest.mark.gpu
 def test_between_gpu_and_cpu():
     check_moving_between_devices()
+
+
+def test_a_file_that_contradicts_itself_is_refused():
+    cache = PagedKVCache(6, page_size=16, max_seqs=3, dtype="float16", device="cpu")
+    seqs = cache.create(2, num_tokens=[20, 5]).seqs
+    assert len(seqs) == 2
+    good = cache.to_numpy()
+    for name, change in {"block_table": [0, 0, 1], "seqs": [0, 7], "num_pages": [2, 2]}.items():
+        bad = good | {name: np.array(change, good[name].dtype)}
+        with pytest.raises(ValueError, match="source: got tables that contradict themselves"):
+            PagedKVCache.load(bad)
+    assert PagedKVCache.load(good).seq_lens[seqs].tolist() == [20, 5]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_model import make_cache, on_host
+from cache_model import latents, make_cache, on_host, snapshot
 from pretended_gpu import pretend_gpu, pretend_numba
 
 from mlacore import arrays
@@ -153,3 +153,27 @@ def test_positions_past_the_tables_on_gpu():
     import cupy
 
     check_past_the_tables(PagedKVCache(2, 64, max_seqs=2, device="cuda"), cupy)
+
+
+def test_tables_need_reach_no_further_than_the_new_tokens():
+    cache = PagedKVCache(8, page_size=16, max_seqs=2, dtype="float32", device="cpu")
+    seqs = cache.create(2, num_tokens=[40, 0]).seqs
+    ckv, kpe = latents(cache, range(1))
+    cos = np.ones((8, cache.qk_rope_head_dim // 2), np.float32)  # fewer positions than the longest sequence has
+    cache.append(seqs, ckv, kpe, num_tokens=[0, 1], rope_cos=cos, rope_sin=0 * cos)
+    assert cache.seq_lens[seqs].tolist() == [40, 1]
+    np.testing.assert_array_equal(cache.gather(seqs[1:])[:, cache.kv_lora_rank :], kpe)
+
+
+def test_rows_that_cannot_be_laid_out_change_nothing(monkeypatch):
+    cache = PagedKVCache(8, page_size=16, max_seqs=2, dtype="float32", device="cpu")
+    seqs = cache.create(1, num_tokens=3).seqs
+    before = snapshot(cache)
+
+    def fail(ckv, kpe):
+        raise MemoryError("no room for a copy")
+
+    monkeypatch.setattr(cache._store, "as_rows", fail)
+    with pytest.raises(MemoryError):
+        cache.append(seqs, *latents(cache, range(1)), num_tokens=1)
+    assert snapshot(cache) == before
