@@ -127,6 +127,37 @@ def to_device(argument: str, array: Any, stream: Any = None) -> Any:
             raise TypeError(f"{argument}: got {type(array).__name__} that CuPy cannot view: {error}") from error
 
 
+def torch_of(array: Any) -> Any:
+    """The `torch` module if `array` is one of its tensors, else None. Imports nothing."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and isinstance(array, torch.Tensor) else None
+
+
+def current_stream_of(array: Any) -> Any:
+    """The stream, as CuPy's, on which the library of a GPU array would work with it now.
+
+    torch has its own idea of it; for other libraries it is CuPy's current stream, which DLPack orders after theirs.
+    """
+    if (torch := torch_of(array)) is not None:
+        return as_stream(torch.cuda.current_stream(array.device).cuda_stream)
+    if is_cupy(array):
+        return as_stream(None, array.data.device_id)
+    return as_stream(None, int(array.__dlpack_device__()[1]) if hasattr(array, "__dlpack_device__") else -1)
+
+
+def to_library_of(model: Any, array: Any) -> Any:
+    """The CuPy array `array` as an array of the library of `model`, over the same memory; as it is where that library
+    does not say how (``__array_namespace__``, or ``from_dlpack`` in its top module)."""
+    if is_cupy(model):
+        return array
+    if hasattr(model, "__array_namespace__"):
+        namespace = model.__array_namespace__()
+    else:
+        namespace = sys.modules.get(type(model).__module__.partition(".")[0])
+    from_dlpack = getattr(namespace, "from_dlpack", None)
+    return array if from_dlpack is None else from_dlpack(array)
+
+
 def device_of(array: Any) -> int | None:
     """CUDA ordinal of a CuPy array; None for NumPy."""
     return None if is_numpy(array) else array.data.device_id
