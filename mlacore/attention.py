@@ -14,8 +14,10 @@ from mlacore import arrays, cpu, shapes, switches
 from mlacore import decode_checks as checks
 from mlacore.params import HEAD_DIM_V
 from mlacore.plan import DecodePlan, plan_decode
+from mlacore.ranges import marked
 
 
+@marked("mla_decode")
 def mla_decode(
     q: Any,
     kv_cache: Any,
@@ -181,6 +183,7 @@ def _plan_for(q: Any, kv_cache: Any, cache_seqlens: Any, causal: Any, stream: An
     return plan_decode(cache_seqlens, **counts, causal=bool(causal), stream=stream)
 
 
+@marked("merge_states")
 def merge_states(outs: Any, lses: Any, *, stream: Any = None) -> tuple[Any, Any]:
     """Merge attention over parts of the keys into attention over all: the mean of `outs` weighted by ``exp(lses)``.
 

@@ -12,7 +12,7 @@ import pytest
 
 import mlacore
 
-HEAVY = {"cupy", "numba", "torch", "jax", "cuda.bindings"}
+HEAVY = {"cupy", "numba", "torch", "jax", "cuda.bindings", "matplotlib", "nvtx"}
 BUDGET_S = 0.2
 
 
