@@ -7,6 +7,7 @@ no typestr in ``__cuda_array_interface__``) or, failing that, by ``__cuda_array_
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ CPU_DTYPES = (*GPU_DTYPES, float32)
 _BY_NAME = {dtype.name: dtype for dtype in CPU_DTYPES}
 
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_DLPACK_READ_ONLY = 1  # of the flags in a capsule of DLPack 1.0
 _WANTED = "a NumPy array or a GPU array (CuPy, or anything with __dlpack__ or __cuda_array_interface__)"
 
 
@@ -125,6 +127,52 @@ def to_device(argument: str, array: Any, stream: Any = None) -> Any:
             return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
         except (TypeError, ValueError, BufferError) as error:
             raise TypeError(f"{argument}: got {type(array).__name__} that CuPy cannot view: {error}") from error
+
+
+def check_writable(argument: str, array: Any) -> None:
+    """Raise ValueError if `array` must not be written: as NumPy's flags, JAX's arrays, DLPack's flag or
+    ``__cuda_array_interface__`` say. A CuPy array no longer knows what it was imported from."""
+    if is_numpy(array):
+        is_read_only = not array.flags.writeable
+    elif is_cupy(array) or torch_of(array) is not None:
+        is_read_only = False
+    elif (jax := sys.modules.get("jax")) is not None and isinstance(array, jax.Array):
+        is_read_only = True  # its capsules do not always say so
+    elif hasattr(array, "__dlpack__"):
+        is_read_only = _dlpack_is_read_only(array)
+    else:
+        is_read_only = bool(array.__cuda_array_interface__["data"][1])
+    if is_read_only:
+        raise ValueError(f"{argument}: got a read-only array, expected a writable one")
+
+
+def _dlpack_is_read_only(array: Any) -> bool:
+    try:
+        capsule = array.__dlpack__(stream=-1, max_version=(1, 0))  # no synchronisation
+    except (TypeError, BufferError):
+        return False  # from before DLPack 1.0, which has no such flag; or no capsule at all, which the import reports
+    if not _capsule.PyCapsule_IsValid(capsule, _VERSIONED):
+        return False
+    address = _capsule.PyCapsule_GetPointer(capsule, _VERSIONED)
+    return bool(_ManagedTensor.from_address(address).flags & _DLPACK_READ_ONLY)
+
+
+class _ManagedTensor(ctypes.Structure):
+    """The head of a ``DLManagedTensorVersioned``."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+_VERSIONED = b"dltensor_versioned"
+_capsule = ctypes.PyDLL(None)
+_capsule.PyCapsule_IsValid.argtypes = _capsule.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_capsule.PyCapsule_GetPointer.restype = ctypes.c_void_p
 
 
 def torch_of(array: Any) -> Any:

@@ -59,9 +59,9 @@ def mla_decode(
     causal : bool
         Bottom-right aligned: query ``i`` sees the first ``length - (seq_len_q - 1 - i)`` tokens.
     out : dtype of q ``[batch, seq_len_q, num_heads, 512]``, optional
-        C-contiguous buffer for the result.
+        C-contiguous, writable buffer for the result.
     lse : float32 ``[batch, num_heads, seq_len_q]``, optional
-        C-contiguous buffer for the result.
+        C-contiguous, writable buffer for the result.
     stream : CuPy stream, int or object with ``__cuda_stream__``, optional
         Stream of the launches; CuPy's current stream if None.
 
@@ -99,6 +99,9 @@ def mla_decode(
             return _decode_numpy(
                 q, kv_cache, block_table, cache_seqlens, out, lse, plan, head_dim_v, softmax_scale, causal
             )
+        for name, buffer in (("out", out), ("lse", lse)):
+            if buffer is not None:
+                arrays.check_writable(name, buffer)
         named = _to_device(named, stream)
         q, kv_cache, block_table, cache_seqlens = (named[n] for n in ("q", "kv_cache", "block_table", "cache_seqlens"))
         out, lse = named.get("out"), named.get("lse")

@@ -453,6 +453,55 @@ def test_read_only_buffers() -> None:
         mla_decode(*inputs, lse=lse)
 
 
+class ReadOnly(Foreign):
+    """A GPU array whose capsule is NumPy's: read-only as the array behind it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        super().__init__(device_type=2)
+        self.array, self.streams = array, []  # type: ignore[var-annotated]
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None) -> Any:
+        self.streams.append(stream)
+        return self.array.__dlpack__(max_version=max_version)
+
+
+class Interface:
+    """A GPU array that knows ``__cuda_array_interface__`` alone."""
+
+    def __init__(self, is_read_only: bool) -> None:
+        self.__cuda_array_interface__ = {"data": (4096, is_read_only)}
+
+
+@pytest.mark.parametrize("argument", ["out", "lse"])
+@pytest.mark.parametrize("library", ["dlpack", "interface", "jax"])
+def test_read_only_gpu_buffers(monkeypatch: pytest.MonkeyPatch, driver: Any, argument: str, library: str) -> None:
+    """Nothing is imported, let alone launched."""
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(cupy, "from_dlpack", None)
+    array = np.zeros(4, np.float32)
+    array.setflags(write=False)
+    buffer = {"dlpack": ReadOnly(array), "interface": Interface(True), "jax": Foreign(device_type=2)}[library]
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(Array=Foreign if library == "jax" else str))  # type: ignore[arg-type]
+    with raises(ValueError, f"{argument}: got a read-only array, expected a writable one"):
+        mla_decode(**arguments(gpu_array) | {argument: buffer})
+    if library == "dlpack":
+        assert buffer.streams == [-1]  # it asks for no synchronisation
+
+
+def test_writable_gpu_buffers_pass() -> None:
+    for buffer in (ReadOnly(np.zeros(4, np.float32)), Interface(False), Foreign(device_type=2)):
+        arrays.check_writable("out", buffer)
+    arrays.check_writable("out", gpu_array((4,), np.float32))
+
+
+def test_looking_at_a_capsule_keeps_nothing_alive() -> None:
+    array = np.zeros(4, np.float32)
+    count = sys.getrefcount(array)
+    for _ in range(5):
+        arrays.check_writable("out", ReadOnly(array))
+    assert sys.getrefcount(array) == count
+
+
 def test_merge_states(make: Make) -> None:
     out, lse = make((3, 2, 16, 512), bfloat16), make((3, 16, 2), np.float32)
     with raises(ValueError, "lses: got 1 parts, expected as many as outs has (2), and at least 1"):
