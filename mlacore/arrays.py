@@ -122,7 +122,8 @@ def to_device(argument: str, array: Any, stream: Any = None) -> Any:
     if not is_gpu(array):
         raise TypeError(f"{argument}: got {type(array).__name__}, expected a GPU array")
     cupy = import_cupy()
-    with stream if stream is not None else contextlib.nullcontext():
+    # CuPy hands the exporter the stream that is current on the array's device, not on the current one.
+    with contextlib.nullcontext() if stream is None else on_device(_foreign_device(array), stream):
         try:
             return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
         except (TypeError, ValueError, BufferError) as error:
@@ -190,7 +191,7 @@ def current_stream_of(array: Any) -> Any:
         return as_stream(torch.cuda.current_stream(array.device).cuda_stream)
     if is_cupy(array):
         return as_stream(None, array.data.device_id)
-    return as_stream(None, int(array.__dlpack_device__()[1]) if hasattr(array, "__dlpack_device__") else -1)
+    return as_stream(None, _foreign_device(array))
 
 
 def to_library_of(model: Any, array: Any) -> Any:
@@ -204,6 +205,13 @@ def to_library_of(model: Any, array: Any) -> Any:
         namespace = sys.modules.get(type(model).__module__.partition(".")[0])
     from_dlpack = getattr(namespace, "from_dlpack", None)
     return array if from_dlpack is None else from_dlpack(array)
+
+
+def _foreign_device(array: Any) -> int:
+    """CUDA ordinal of another library's array; the current device where it does not say."""
+    if hasattr(array, "__dlpack_device__"):
+        return int(array.__dlpack_device__()[1])
+    return int(import_cupy().cuda.runtime.getDevice())
 
 
 def device_of(array: Any) -> int | None:

@@ -308,6 +308,30 @@ def test_foreign_array_on_a_gpu_is_imported(monkeypatch: pytest.MonkeyPatch, dev
         mla_decode(**arguments(gpu_array) | {"q": foreign})
 
 
+def test_foreign_array_is_ordered_before_the_calls_stream_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy orders by the stream that is current on the array's device: there the call's own must be current."""
+    cupy = pytest.importorskip("cupy")
+    entered: list[Any] = []
+
+    class Entered:
+        def __init__(self, what: Any) -> None:
+            self.what = what
+
+        def __enter__(self) -> None:
+            entered.append(self.what)
+
+        def __exit__(self, *_: object) -> None:
+            entered.pop()
+
+    monkeypatch.setattr(cupy.cuda, "Device", Entered)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    monkeypatch.setattr(cupy, "from_dlpack", lambda array: [*entered])
+    foreign = Foreign(device_type=2)
+    monkeypatch.setattr(Foreign, "__dlpack_device__", lambda self: (2, 1))
+    assert arrays.to_device("q", foreign, Entered("stream")) == [1, "stream"]
+    assert arrays.to_device("q", foreign) == []
+
+
 def test_foreign_array_that_cupy_cannot_view(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(cupy, "from_dlpack", lambda array: array.__dlpack__())
