@@ -209,12 +209,16 @@ def flash_mla_with_kvcache(
             f"tile_scheduler_metadata: got {type(tile_scheduler_metadata).__name__}, expected a FlashMLASchedMeta "
             f"(from mlacore.flash_mla.get_mla_metadata)"
         )
-    named = {"q": q, "k_cache": k_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
-    is_host = arrays.on_numpy(**named)
-    stream = None if is_host else arrays.current_stream_of(q)
-    if not is_host:
-        named = {name: arrays.to_device(name, array, stream) for name, array in named.items()}
-    views = (named["q"], named["k_cache"], named["block_table"], named["cache_seqlens"])
+    views, is_host = (q, k_cache, block_table, cache_seqlens), False
+    if arrays.are_cupy(*views):
+        stream = arrays.current_stream_of(q)
+    else:
+        named = {"q": q, "k_cache": k_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
+        is_host = arrays.on_numpy(**named)
+        stream = None if is_host else arrays.current_stream_of(q)
+        if not is_host:
+            named = {name: arrays.to_device(name, array, stream) for name, array in named.items()}
+        views = (named["q"], named["k_cache"], named["block_table"], named["cache_seqlens"])
     plan = tile_scheduler_metadata._plan_for(views, head_dim_v, softmax_scale, causal, stream)
     batch, seq_len_q, num_heads, _ = q.shape
     # torch's own memory: its allocator then knows of it, in a graph's private pool too.
