@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,19 +15,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def marked(name: str) -> Callable[[Function], Function]:
     """Decorator: the range `name`, in the domain ``mlacore``, around every call, where ``MLACORE_NVTX=1``.
 
-    Without that switch it returns the function itself; with it, but without the ``nvtx`` package, it also warns.
+    Without that switch it leaves the function as it is; nvtx itself wraps nothing unless a profiler is attached. With
+    the switch but without the ``nvtx`` package a warning says so.
     """
+    annotate = _annotate()
+    return (lambda function: function) if annotate is None else annotate(name, domain="mlacore")
 
-    def mark(function: Function) -> Function:
-        if not switches.marks_ranges():
-            return function
-        try:
-            import nvtx
-        except ImportError as error:
-            warnings.warn(
-                f"MLACORE_NVTX=1, but nvtx cannot be imported ({error}): pip install nvtx", RuntimeWarning, stacklevel=2
-            )
-            return function
-        return nvtx.annotate(name, domain="mlacore")(function)
 
-    return mark
+@functools.cache
+def _annotate() -> Any:
+    """``nvtx.annotate``, or None where ranges are off."""
+    if not switches.marks_ranges():
+        return None
+    try:
+        import nvtx
+    except ImportError as error:
+        message = f"MLACORE_NVTX=1, but nvtx cannot be imported ({error}): pip install nvtx"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return None
+    return nvtx.annotate

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import types
+import warnings
 from typing import Any
 
 import pytest
 
-from mlacore import DecodePlan, PagedKVCache, merge_states, mla_decode, plan_decode
+from mlacore import DecodePlan, PagedKVCache, merge_states, mla_decode, plan_decode, ranges
 from mlacore.ranges import marked
 
 # A package of that name which notes the ranges; decode and append in NumPy, then what it noted.
@@ -41,6 +43,12 @@ print(json.dumps(ranges))
 """
 
 
+@pytest.fixture(autouse=True)
+def not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found of the package is remembered; not from test to test."""
+    monkeypatch.setattr(ranges, "_annotate", functools.cache(ranges._annotate.__wrapped__))
+
+
 def run(switch: str | None) -> list[list[str]]:
     environment = {name: value for name, value in os.environ.items() if name != "MLACORE_NVTX"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} | ({} if switch is None else {"MLACORE_NVTX": switch})
@@ -50,9 +58,9 @@ def run(switch: str | None) -> list[list[str]]:
 
 
 def test_ranges_around_plan_decode_and_append() -> None:
-    ranges = run("1")
-    assert {domain for domain, _ in ranges} == {"mlacore"}
-    names = [name for _, name in ranges]
+    noted = run("1")
+    assert {domain for domain, _ in noted} == {"mlacore"}
+    names = [name for _, name in noted]
     assert names[0] == "PagedKVCache.append"
     assert names[-3:] == ["plan_decode", "DecodePlan.update", "mla_decode"]
 
@@ -82,6 +90,9 @@ def test_on_without_the_package_warns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.warns(RuntimeWarning, match=r"^MLACORE_NVTX=1, but nvtx cannot be imported .*: pip install nvtx$"):
         assert marked("name")(function) is function
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        assert marked("other")(function) is function
 
 
 def test_on_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
