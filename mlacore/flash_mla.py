@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlacore import arrays, decode_checks
+from mlacore import arrays, decode_checks, shapes
 from mlacore.attention import mla_decode
 from mlacore.params import HEAD_DIM_V
 from mlacore.plan import DecodePlan, plan_decode
@@ -126,6 +126,8 @@ def get_mla_metadata(
     rows = num_q_tokens_per_head_k if num_heads_per_head_k is None else num_heads_per_head_k
     if cache_seqlens is None or rows is None or num_heads_k is None:
         return FlashMLASchedMeta(), None
+    rows = shapes.check_count("num_q_tokens_per_head_k", rows)
+    num_heads_k = shapes.check_count("num_heads_k", num_heads_k)
     stream = None if arrays.is_numpy(cache_seqlens) else arrays.current_stream_of(cache_seqlens)
     return FlashMLASchedMeta(_plan(cache_seqlens, rows, num_heads_k, stream)), None
 
@@ -254,8 +256,7 @@ def _empty_rows_to_plus_inf() -> Any:
 
 def _plan(cache_seqlens: Any, rows: int, num_kv_heads: int, stream: Any) -> DecodePlan:
     """A plan for `rows` query rows of each KV head, whatever tokens and heads they are."""
-    num_heads = rows * num_kv_heads if isinstance(rows, int) and isinstance(num_kv_heads, int) else rows
-    return plan_decode(cache_seqlens, num_heads=num_heads, num_kv_heads=num_kv_heads, stream=stream)
+    return plan_decode(cache_seqlens, num_heads=rows * num_kv_heads, num_kv_heads=num_kv_heads, stream=stream)
 
 
 def _refuse(**arguments: Any) -> None:

@@ -181,14 +181,14 @@ def test_arguments_not_served_are_named(argument: str) -> None:
     flash_mla_with_kvcache(*inputs, 512, *metadata, **{argument: None})
 
 
-def test_metadata_refuses_fp8_and_sparse() -> None:
+def test_bad_arguments_of_metadata() -> None:
     lengths = np.array([3], np.int32)
     with pytest.raises(NotImplementedError, match=r"^is_fp8_kvcache, topk: not served"):
         get_mla_metadata(lengths, 16, 1, 16, True, 2048)
-    with pytest.raises(ValueError, match=r"^num_heads: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"^num_q_tokens_per_head_k: got 0, expected at least 1"):
         get_mla_metadata(lengths, 0, 1)
-    with pytest.raises(TypeError, match=r"^num_heads: got float"):
-        get_mla_metadata(lengths, 16.0, 1)
+    with pytest.raises(TypeError, match=r"^num_heads_k: got float"):
+        get_mla_metadata(lengths, 16, 1.0)
 
 
 @pytest.mark.parametrize(
