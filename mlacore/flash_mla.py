@@ -22,8 +22,9 @@ class FlashMLASchedMeta:
     """What `get_mla_metadata` returns and `flash_mla_with_kvcache` takes: a plan, made at the latest by the first call.
 
     It serves every layer of a step. Lengths that have moved on leave the result right and the work out of balance, so
-    make a new one each step, or call ``meta.plan.update(cache_seqlens)``. Calls that share one run one after another,
-    as on one stream. A CUDA graph needs it, and one call with it, before the capture, and as long as it is replayed.
+    make a new one each step, or call ``meta.plan.update(cache_seqlens, stream=...)``. Calls that share one run one
+    after another, as on one stream. A CUDA graph needs it, and one call with it, before the capture, and as long as it
+    is replayed.
 
     Attributes
     ----------

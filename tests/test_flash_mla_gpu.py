@@ -121,6 +121,7 @@ def test_torch_graph(torch):
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
+        metadata[0].plan.update(tensors[3], stream=torch.cuda.current_stream().cuda_stream)
         out, lse = flash_mla_with_kvcache(*tensors, 512, *metadata)
     for lengths in ([500, 20, 300, 1], [1, 0, 299, 1]):
         tensors[3].copy_(torch.tensor(lengths, dtype=torch.int32))
