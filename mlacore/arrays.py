@@ -7,6 +7,7 @@ no typestr in ``__cuda_array_interface__``) or, failing that, by ``__cuda_array_
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ CPU_DTYPES = (*GPU_DTYPES, float32)
 _BY_NAME = {dtype.name: dtype for dtype in CPU_DTYPES}
 
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_DLPACK_READ_ONLY = 1  # of the flags in a capsule of DLPack 1.0
 _WANTED = "a NumPy array or a GPU array (CuPy, or anything with __dlpack__ or __cuda_array_interface__)"
 
 
@@ -121,11 +123,96 @@ def to_device(argument: str, array: Any, stream: Any = None) -> Any:
     if not is_gpu(array):
         raise TypeError(f"{argument}: got {type(array).__name__}, expected a GPU array")
     cupy = import_cupy()
-    with stream if stream is not None else contextlib.nullcontext():
+    # CuPy hands the exporter the stream that is current on the array's device, not on the current one.
+    with contextlib.nullcontext() if stream is None else on_device(_foreign_device(array), stream):
         try:
             return cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
         except (TypeError, ValueError, BufferError) as error:
             raise TypeError(f"{argument}: got {type(array).__name__} that CuPy cannot view: {error}") from error
+
+
+def check_writable(argument: str, array: Any) -> None:
+    """Raise ValueError if `array` must not be written: as NumPy's flags, JAX's arrays, DLPack's flag or
+    ``__cuda_array_interface__`` say. A CuPy array no longer knows what it was imported from."""
+    if is_numpy(array):
+        is_read_only = not array.flags.writeable
+    elif is_cupy(array) or torch_of(array) is not None:
+        is_read_only = False
+    elif (jax := sys.modules.get("jax")) is not None and isinstance(array, jax.Array):
+        is_read_only = True  # its capsules do not always say so
+    elif hasattr(array, "__dlpack__"):
+        is_read_only = _dlpack_is_read_only(array)
+    else:
+        is_read_only = bool(array.__cuda_array_interface__["data"][1])
+    if is_read_only:
+        raise ValueError(f"{argument}: got a read-only array, expected a writable one")
+
+
+def _dlpack_is_read_only(array: Any) -> bool:
+    try:
+        capsule = array.__dlpack__(stream=-1, max_version=(1, 0))  # no synchronisation
+    except (TypeError, BufferError):
+        return False  # from before DLPack 1.0, which has no such flag; or no capsule at all, which the import reports
+    if not _capsule.PyCapsule_IsValid(capsule, _VERSIONED):
+        return False
+    address = _capsule.PyCapsule_GetPointer(capsule, _VERSIONED)
+    return bool(_ManagedTensor.from_address(address).flags & _DLPACK_READ_ONLY)
+
+
+class _ManagedTensor(ctypes.Structure):
+    """The head of a ``DLManagedTensorVersioned``."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+_VERSIONED = b"dltensor_versioned"
+_capsule = ctypes.PyDLL(None)
+_capsule.PyCapsule_IsValid.argtypes = _capsule.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_capsule.PyCapsule_GetPointer.restype = ctypes.c_void_p
+
+
+def torch_of(array: Any) -> Any:
+    """The `torch` module if `array` is one of its tensors, else None. Imports nothing."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and isinstance(array, torch.Tensor) else None
+
+
+def current_stream_of(array: Any) -> Any:
+    """The stream, as CuPy's, on which the library of a GPU array would work with it now.
+
+    torch has its own idea of it; for other libraries it is CuPy's current stream, which DLPack orders after theirs.
+    """
+    if (torch := torch_of(array)) is not None:
+        return as_stream(torch.cuda.current_stream(array.device).cuda_stream)
+    if is_cupy(array):
+        return as_stream(None, array.data.device_id)
+    return as_stream(None, _foreign_device(array))
+
+
+def to_library_of(model: Any, array: Any) -> Any:
+    """The CuPy array `array` as an array of the library of `model`, over the same memory; as it is where that library
+    does not say how (``__array_namespace__``, or ``from_dlpack`` in its top module)."""
+    if is_cupy(model):
+        return array
+    if hasattr(model, "__array_namespace__"):
+        namespace = model.__array_namespace__()
+    else:
+        namespace = sys.modules.get(type(model).__module__.partition(".")[0])
+    from_dlpack = getattr(namespace, "from_dlpack", None)
+    return array if from_dlpack is None else from_dlpack(array)
+
+
+def _foreign_device(array: Any) -> int:
+    """CUDA ordinal of another library's array; the current device where it does not say."""
+    if hasattr(array, "__dlpack_device__"):
+        return int(array.__dlpack_device__()[1])
+    return int(import_cupy().cuda.runtime.getDevice())
 
 
 def device_of(array: Any) -> int | None:

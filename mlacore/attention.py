@@ -14,8 +14,10 @@ from mlacore import arrays, cpu, shapes, switches
 from mlacore import decode_checks as checks
 from mlacore.params import HEAD_DIM_V
 from mlacore.plan import DecodePlan, plan_decode
+from mlacore.ranges import marked
 
 
+@marked("mla_decode")
 def mla_decode(
     q: Any,
     kv_cache: Any,
@@ -57,9 +59,9 @@ def mla_decode(
     causal : bool
         Bottom-right aligned: query ``i`` sees the first ``length - (seq_len_q - 1 - i)`` tokens.
     out : dtype of q ``[batch, seq_len_q, num_heads, 512]``, optional
-        C-contiguous buffer for the result.
+        C-contiguous, writable buffer for the result.
     lse : float32 ``[batch, num_heads, seq_len_q]``, optional
-        C-contiguous buffer for the result.
+        C-contiguous, writable buffer for the result.
     stream : CuPy stream, int or object with ``__cuda_stream__``, optional
         Stream of the launches; CuPy's current stream if None.
 
@@ -97,6 +99,9 @@ def mla_decode(
             return _decode_numpy(
                 q, kv_cache, block_table, cache_seqlens, out, lse, plan, head_dim_v, softmax_scale, causal
             )
+        for name, buffer in (("out", out), ("lse", lse)):
+            if buffer is not None:
+                arrays.check_writable(name, buffer)
         named = _to_device(named, stream)
         q, kv_cache, block_table, cache_seqlens = (named[n] for n in ("q", "kv_cache", "block_table", "cache_seqlens"))
         out, lse = named.get("out"), named.get("lse")
@@ -182,6 +187,7 @@ def _plan_for(q: Any, kv_cache: Any, cache_seqlens: Any, causal: Any, stream: An
     return plan_decode(cache_seqlens, **counts, causal=bool(causal), stream=stream)
 
 
+@marked("merge_states")
 def merge_states(outs: Any, lses: Any, *, stream: Any = None) -> tuple[Any, Any]:
     """Merge attention over parts of the keys into attention over all: the mean of `outs` weighted by ``exp(lses)``.
 

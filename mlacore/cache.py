@@ -16,6 +16,7 @@ from mlacore import cache_checks, shapes
 from mlacore.cache_layout import Created, NewTokens, StepTokens
 from mlacore.cache_state import CacheState, Integers
 from mlacore.page_pool import prefix_keys
+from mlacore.ranges import marked
 
 __all__ = ["PagedKVCache"]
 
@@ -232,6 +233,7 @@ class PagedKVCache(CacheState):
 
     # ---- new tokens ------------------------------------------------------------------------------------------------
 
+    @marked("PagedKVCache.append")
     def append(
         self,
         seqs: Integers,
@@ -281,6 +283,7 @@ class PagedKVCache(CacheState):
                 self._store.write(0, tokens.where, ckv, kpe, options, stream)
         return tokens
 
+    @marked("PagedKVCache.extend")
     def extend(self, seqs: Integers, num_tokens: int | Integers, *, stream: Any = None) -> NewTokens:
         """Make room for new tokens: claim pages, bring block table and lengths up to date.
 
@@ -310,6 +313,7 @@ class PagedKVCache(CacheState):
         change = self._host.changes_to_grow(rows, cache_checks.check_counts(rows, num_tokens))
         return self._update(change, stream)
 
+    @marked("PagedKVCache.write")
     def write(
         self,
         tokens: NewTokens,
@@ -420,6 +424,7 @@ class PagedKVCache(CacheState):
         with self._store.at(stream):
             return StepTokens(self._store.empty_tokens(num_seqs * num_tokens), None, num_seqs, num_tokens)
 
+    @marked("PagedKVCache.advance")
     def advance(self, tokens: StepTokens, *, stream: Any = None) -> None:
         """Append a step's tokens to the reserved sequences, on the device: lengths grow, `tokens` says where they go.
 

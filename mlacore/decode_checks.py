@@ -84,8 +84,7 @@ def _check_buffer(argument: str, buffer: Any, dtype: Any, source: str, q: Any) -
     shapes.check_dtype(argument, buffer.dtype, [dtype], source)
     shapes.check_contiguous(argument, buffer)
     check_device(argument, buffer, q, "q")
-    if arrays.is_numpy(buffer) and not buffer.flags.writeable:
-        raise ValueError(f"{argument}: got a read-only array, expected a writable one")
+    arrays.check_writable(argument, buffer)
     if argument == "out":
         shapes.check_rows(argument, buffer)
 

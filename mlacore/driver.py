@@ -156,6 +156,9 @@ def launch_plan(cache_seqlens: Any, work: Any, splits: Any, max_splits: int, str
 @functools.lru_cache(maxsize=64)
 def _plan_launch(device: int, batch: int, num_workers: int, max_splits: int) -> Launch:
     values = {"batch": batch, "num_workers": num_workers, "max_splits": max_splits}
+    log.debug(
+        "plans of %d sequences for %d workers: mla_plan, 1 CTA of %d threads", batch, num_workers, params.PLAN_THREADS
+    )
     record = make_record(params.PLAN_PARAMS, values, _PLAN_ADDRESSES)
     function = _function("mla_plan", device, 0)
     return Launch(function, device, (1, 1, 1), params.PLAN_THREADS, 0, record, _PLAN_ADDRESSES)
@@ -230,6 +233,23 @@ def prepare_decode(
         "merge_patience_cycles": params.MERGE_PATIENCE_CYCLES if is_resident else 0,
         "softmax_scale_log2": softmax_scale * LOG2_E,
     }
+    # Once a shape: the launch is prepared here and repeated.
+    log.debug(
+        "decode of batch %d, %d query tokens, %d heads, %d KV heads, pages of %d tokens on device %d: %s, grid %s of "
+        "clusters of %d, %d workers, so at most as many splits of a sequence; splits merged by %s; %d tiles prefetched",
+        plan.batch,
+        plan.seq_len_q,
+        plan.num_heads,
+        plan.num_kv_heads,
+        page_size,
+        device,
+        kernel.variant(dtype),
+        " x ".join(map(str, grid)),
+        kernel.cluster_ctas,
+        plan.num_workers,
+        "all their workers" if is_resident else "the last worker, as not all CTAs are resident at once",
+        values["prefetch_tiles"],
+    )
     launch = Launch(
         _function(kernel.variant(dtype), device, params.DECODE_SHARED_BYTES),
         device,

@@ -22,6 +22,8 @@ import numpy.typing as npt
 from mlacore import arrays, dispatch, shapes
 from mlacore.dispatch import KernelShape
 from mlacore.params import HEAD_DIM_V, INVARIANT_SPLIT_TILES, ITEM_COST_TILES, MAX_INVARIANT_SPLITS, TILE_TOKENS
+from mlacore.ranges import marked
+from mlacore.schedule_view import ScheduleView
 
 MAX_WORKERS = 65535
 MAX_KV_HEADS = 65535
@@ -61,6 +63,8 @@ class DecodePlan:
         Arrivals of a sequence's splits, by its first worker; zero between calls.
     merge_abandoned : uint32 ``[2 * num_workers, num_kv_heads, row_blocks]`` or None
         Slots whose worker did not wait to merge; zero between calls.
+    planned_seqlens : int32 ``[batch]`` or None
+        The lengths last planned for: the caller's own array, which may have moved on. Only `describe` and `plot` look.
     """
 
     batch: int
@@ -78,7 +82,9 @@ class DecodePlan:
     partial_sums: Any = None
     merge_counters: Any = None
     merge_abandoned: Any = None
+    planned_seqlens: Any = None
 
+    @marked("DecodePlan.update")
     def update(self, cache_seqlens: Any, *, stream: Any = None) -> None:
         """Recompute the schedule in place for new lengths of the same batch.
 
@@ -103,8 +109,71 @@ class DecodePlan:
             from mlacore import driver
 
             driver.launch_plan(lengths, self.work, self.splits, self.max_splits, stream)
+        object.__setattr__(self, "planned_seqlens", lengths)  # frozen for callers
+
+    def describe(self, *, stream: Any = None) -> str:
+        """The schedule as text: what it is for, totals and balance, then each worker's items.
+
+        It shows the lengths that are in the planned array now. On a GPU it copies them and the schedule to the host and
+        waits for the copies.
+
+        Parameters
+        ----------
+        stream : CuPy stream, int or object with ``__cuda_stream__``, optional
+            Stream of the copies; CuPy's current stream if None.
+
+        Returns
+        -------
+        str
+        """
+        return self._view(stream).describe()
+
+    def plot(self, path: str | os.PathLike[str], *, stream: Any = None) -> None:
+        """Draw the schedule: a bar a worker, in tiles, a piece an item, coloured by sequence.
+
+        On a GPU it copies to the host as `describe` does.
+
+        Parameters
+        ----------
+        path : str or path
+            File to write; its ending chooses the format, as in matplotlib.
+        stream : CuPy stream, int or object with ``__cuda_stream__``, optional
+            Stream of the copies; CuPy's current stream if None.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        """
+        self._view(stream).plot(path)
+
+    def _view(self, stream: Any) -> ScheduleView:
+        lengths, work, splits = self.planned_seqlens, self.work, self.splits
+        if self.device is None:
+            arrays.check_no_stream(stream)
+            unit = "1 worker is a task of a thread"
+        else:
+            assert self.kernel is not None
+            stream = arrays.as_stream(stream, self.device)
+            lengths, work, splits = (array.get(stream=stream) for array in (lengths, work, splits))
+            ctas = self.num_kv_heads * self.kernel.row_blocks
+            rows, cluster = self.kernel.tile_rows, self.kernel.cluster_ctas
+            unit = f"1 worker is {_counted(ctas, 'CTA')} of {rows} query rows, in clusters of {cluster}"
+        heading = (
+            f"plan on {arrays.device_name(self.device)}: {_counted(self.batch, 'sequence')}, "
+            f"{_counted(self.seq_len_q, 'query token')}, {_counted(self.num_heads, 'head')}, "
+            f"{_counted(self.num_kv_heads, 'KV head')}{', causal' if self.causal else ''}; "
+            f"{_counted(self.num_workers, 'worker')}, {unit}"
+        )
+        items = [worker_items(work, worker) for worker in range(self.num_workers)]
+        return ScheduleView.of(heading, lengths, splits, items)
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+@marked("plan_decode")
 def plan_decode(
     cache_seqlens: Any,
     *,
@@ -192,7 +261,8 @@ def plan_decode(
     shape = (batch, seq_len_q, num_heads, num_kv_heads, causal)
     if device is None:
         num_workers = num_workers or available_cpus()
-        return DecodePlan(*shape, num_workers, None, *schedule(lengths, num_workers, max_splits), max_splits)
+        work, splits = schedule(lengths, num_workers, max_splits)
+        return DecodePlan(*shape, num_workers, None, work, splits, max_splits, planned_seqlens=lengths)
 
     from mlacore import driver
 
@@ -216,6 +286,7 @@ def plan_decode(
             partial_sums=cupy.empty((*slots, kernel.tile_rows // 2, 4), cupy.float32),
             merge_counters=cupy.zeros((num_workers, *slots[1:], 2), cupy.uint32),
             merge_abandoned=cupy.zeros(slots, cupy.uint32),
+            planned_seqlens=lengths,
         )
     driver.launch_plan(lengths, plan.work, plan.splits, max_splits, stream)
     return plan

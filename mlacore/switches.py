@@ -28,6 +28,11 @@ def checks_indices() -> bool:
     return _getenv(b"MLACORE_CHECK") is not None and _choice("MLACORE_CHECK", {"1": True, "0": False}, False)
 
 
+def marks_ranges() -> bool:
+    """``MLACORE_NVTX``: ``1`` puts NVTX ranges around public calls; read once, at import."""
+    return _choice("MLACORE_NVTX", {"1": True, "0": False}, False)
+
+
 def log_level() -> int | None:
     """``MLACORE_LOG``: a level of `logging` by name; None leaves the log to the caller's own set-up."""
     values: dict[str, int | None] = {**_LEVELS}

@@ -308,6 +308,30 @@ def test_foreign_array_on_a_gpu_is_imported(monkeypatch: pytest.MonkeyPatch, dev
         mla_decode(**arguments(gpu_array) | {"q": foreign})
 
 
+def test_foreign_array_is_ordered_before_the_calls_stream_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy orders by the stream that is current on the array's device: there the call's own must be current."""
+    cupy = pytest.importorskip("cupy")
+    entered: list[Any] = []
+
+    class Entered:
+        def __init__(self, what: Any) -> None:
+            self.what = what
+
+        def __enter__(self) -> None:
+            entered.append(self.what)
+
+        def __exit__(self, *_: object) -> None:
+            entered.pop()
+
+    monkeypatch.setattr(cupy.cuda, "Device", Entered)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    monkeypatch.setattr(cupy, "from_dlpack", lambda array: [*entered])
+    foreign = Foreign(device_type=2)
+    monkeypatch.setattr(Foreign, "__dlpack_device__", lambda self: (2, 1))
+    assert arrays.to_device("q", foreign, Entered("stream")) == [1, "stream"]
+    assert arrays.to_device("q", foreign) == []
+
+
 def test_foreign_array_that_cupy_cannot_view(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(cupy, "from_dlpack", lambda array: array.__dlpack__())
@@ -451,6 +475,55 @@ def test_read_only_buffers() -> None:
     lse.setflags(write=False)
     with raises(ValueError, "lse: got a read-only array, expected a writable one"):
         mla_decode(*inputs, lse=lse)
+
+
+class ReadOnly(Foreign):
+    """A GPU array whose capsule is NumPy's: read-only as the array behind it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        super().__init__(device_type=2)
+        self.array, self.streams = array, []  # type: ignore[var-annotated]
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None) -> Any:
+        self.streams.append(stream)
+        return self.array.__dlpack__(max_version=max_version)
+
+
+class Interface:
+    """A GPU array that knows ``__cuda_array_interface__`` alone."""
+
+    def __init__(self, is_read_only: bool) -> None:
+        self.__cuda_array_interface__ = {"data": (4096, is_read_only)}
+
+
+@pytest.mark.parametrize("argument", ["out", "lse"])
+@pytest.mark.parametrize("library", ["dlpack", "interface", "jax"])
+def test_read_only_gpu_buffers(monkeypatch: pytest.MonkeyPatch, driver: Any, argument: str, library: str) -> None:
+    """Nothing is imported, let alone launched."""
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(cupy, "from_dlpack", None)
+    array = np.zeros(4, np.float32)
+    array.setflags(write=False)
+    buffer = {"dlpack": ReadOnly(array), "interface": Interface(True), "jax": Foreign(device_type=2)}[library]
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(Array=Foreign if library == "jax" else str))  # type: ignore[arg-type]
+    with raises(ValueError, f"{argument}: got a read-only array, expected a writable one"):
+        mla_decode(**arguments(gpu_array) | {argument: buffer})
+    if library == "dlpack":
+        assert buffer.streams == [-1]  # it asks for no synchronisation
+
+
+def test_writable_gpu_buffers_pass() -> None:
+    for buffer in (ReadOnly(np.zeros(4, np.float32)), Interface(False), Foreign(device_type=2)):
+        arrays.check_writable("out", buffer)
+    arrays.check_writable("out", gpu_array((4,), np.float32))
+
+
+def test_looking_at_a_capsule_keeps_nothing_alive() -> None:
+    array = np.zeros(4, np.float32)
+    count = sys.getrefcount(array)
+    for _ in range(5):
+        arrays.check_writable("out", ReadOnly(array))
+    assert sys.getrefcount(array) == count
 
 
 def test_merge_states(make: Make) -> None:

@@ -5,7 +5,6 @@ Arrays are CuPy's over made-up addresses; the driver library is one that writes 
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import threading
 import time
@@ -38,6 +37,8 @@ from mlacore.shapes import LOG2_E
 pytest.importorskip("cupy")
 pytest.importorskip("cuda.bindings")
 
+PLAN_SCRATCH = ("partial_out", "partial_sums", "merge_counters", "merge_abandoned")
+
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
@@ -48,8 +49,7 @@ def make_plan(**changes: Any) -> DecodePlan:
     """A plan of 4 workers for `make_call`'s shape; its arrays but `work` are not looked into, they have addresses."""
     shape = {"batch": 3, "seq_len_q": 2, "num_heads": 128, "num_kv_heads": 1, "causal": False, "num_workers": 4}
     kernel = KernelShape(tile_rows=64, cluster_ctas=2, row_blocks=4)
-    names = ("work", "splits", "partial_out", "partial_sums", "merge_counters", "merge_abandoned")
-    arrays_of_plan = {name: gpu_array((5, 2), np.int32) for name in names}
+    arrays_of_plan = {name: gpu_array((5, 2), np.int32) for name in ("work", "splits", *PLAN_SCRATCH)}
     return DecodePlan(**shape | {"device": 0, "kernel": kernel} | arrays_of_plan | changes)
 
 
@@ -87,7 +87,7 @@ def test_decode_reaches_the_driver(fake: FakeDriver) -> None:
 
     plan, given = call["plan"], {name: array for name, array in call.items() if name not in ("plan", "kv_cache")}
     given["kv"] = call["kv_cache"]
-    given |= {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.type == "Any"}
+    given |= {name: getattr(plan, name) for name in ("work", "splits", *PLAN_SCRATCH)}
     expected = {name: array.data.ptr for name, array in given.items()} | {
         "q_stride_batch": 2 * 128 * 576,
         "q_stride_seq": 128 * 576,
@@ -114,6 +114,24 @@ def test_decode_reaches_the_driver(fake: FakeDriver) -> None:
     assert encoded == (call["kv_cache"].data.ptr, 9, (576, 64, 1, 12), (1152, 1152, 73728), (64, 32, 1, 1))
     assert got.leading == bytes([1]) * 128
     assert got.leading_address % 64 == 0
+
+
+def test_log_tells_what_a_launch_is_once_a_shape(fake: FakeDriver, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "mlacore")
+    for _ in range(3):
+        mla_decode(**make_call())
+    plan_decode(gpu_array((3,), np.int32), num_heads=16, num_workers=7).update(gpu_array((3,), np.int32))
+    decode, plan = caplog.messages
+    assert decode == (
+        "decode of batch 3, 2 query tokens, 128 heads, 1 KV heads, pages of 64 tokens on device 0: "
+        "mla_decode_sm90.bfloat16.rows64.cluster2, grid 4 x 1 x 4 of clusters of 2, 4 workers, so at most as many "
+        "splits of a sequence; splits merged by all their workers; 2 tiles prefetched"
+    )
+    assert plan == "plans of 3 sequences for 7 workers: mla_plan, 1 CTA of 512 threads"
+    fake.resident[2] = 8  # two workers of four
+    driver.resident_ctas.cache_clear()
+    mla_decode(**make_call(block_table=gpu_array((3, 5), np.int32)))
+    assert "the last worker, as not all CTAs are resident" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("page_size", params.PAGE_SIZES)
