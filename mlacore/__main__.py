@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             jit.compile_all(print)
         except (ImportError, jit.CompileError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+    if arguments.command == "export":
+        from mlacore import export, jit
+
+        try:
+            export.export(arguments.folder, print)
+        except (ImportError, OSError, jit.CompileError) as error:
             print(error, file=sys.stderr)
             return 1
         return 0
@@ -82,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Compile every kernel variant for sm_90a into the cache folder and print the registers, shared "
         "memory and spills of each. Needs NVRTC (the cu13 extra) and no GPU.",
     )
+    export = commands.add_parser(
+        "export",
+        help="write the kernels for C and C++ hosts: cubins, header, manifest, example; needs NVRTC, no GPU",
+        description="Write every kernel variant as a cubin for sm_90a into a folder, with mlacore.h (parameter "
+        "structs, launch rules), manifest.json (the same for programs) and decode.c, an example that needs libcuda "
+        "alone. Needs NVRTC (the cu13 extra) and no GPU.",
+    )
+    export.add_argument("folder", type=Path, metavar="DIR", help="made if it is not there; its files are replaced")
     return parser
 
 

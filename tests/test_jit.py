@@ -35,16 +35,6 @@ def test_a_broken_source_reports_kernel_definitions_and_log():
         jit.compile(broken)
 
 
-STRUCTS = {
-    "DecodeParams": params.DECODE_PARAMS,
-    "PlanParams": params.PLAN_PARAMS,
-    "WriteParams": params.WRITE_PARAMS,
-    "UpdateParams": params.UPDATE_PARAMS,
-    "CopyParams": params.COPY_PARAMS,
-    "GatherParams": params.GATHER_PARAMS,
-}
-
-
 def _struct_checks(struct: str, dtype: np.dtype) -> str:
     lines = [f'static_assert(sizeof({struct}) == {dtype.itemsize}, "size");']
     for name, (field, offset) in ((name, dtype.fields[name][:2]) for name in dtype.names):
@@ -63,9 +53,9 @@ def _compiles(monkeypatch, source: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("struct", STRUCTS)
+@pytest.mark.parametrize("struct", params.STRUCTS)
 def test_structs_are_equal_on_both_sides(monkeypatch, struct):
-    dtype = STRUCTS[struct]
+    dtype = params.STRUCTS[struct]
     assert _compiles(monkeypatch, _struct_checks(struct, dtype))
     swapped = np.dtype([(n, dtype.fields[n][0]) for n in (*dtype.names[1::-1], *dtype.names[2:])], align=True)
     assert not _compiles(monkeypatch, _struct_checks(struct, swapped)), "the check itself must be able to fail"

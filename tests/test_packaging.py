@@ -43,7 +43,7 @@ def test_wheel_holds_package_and_kernel_sources_and_nothing_else(wheel):
     assert any(name.endswith(".cu") for name in sources)
     assert sources <= names
     assert {f"mlacore/{path.name}" for path in (ROOT / "mlacore").glob("*.py")} <= names
-    assert "mlacore/py.typed" in names
+    assert {"mlacore/py.typed", "mlacore/c/mlacore.h.in", "mlacore/c/decode.c"} <= names
     assert not [name for name in names if name.endswith("cuda/__init__.py")]
     assert {re.sub(r"-.*", "", name.split("/")[0]) for name in names} == {"mlacore"}
 
