@@ -255,6 +255,24 @@ def status() -> list[tuple[str, bool]]:
     return [(name, _read_entry(_entry(variant)) is not None) for name, variant in VARIANTS.items()]
 
 
+def build_all(report: Callable[[str], object]) -> None:
+    """Build what the cache lacks, ahead of use; report a line a variant.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot keep it.
+    """
+    for name, variant in VARIANTS.items():
+        entry = _entry(variant)
+        was_there = _read_entry(entry) is not None
+        size = len(cubin(variant))
+        if _read_entry(entry) is None:
+            raise OSError(f"{entry.parent}: {name} cannot be kept there (MLACORE_CACHE_DIR names another folder)")
+        report(f"{name:48} {size:7d} bytes  {'already there' if was_there else 'built'}")
+    report(f"{len(VARIANTS)} kernels in {cache_dir()}")
+
+
 def compile_all(report: Callable[[str], object]) -> None:
     """Compile every variant afresh into the cache; report registers, shared memory and spills, a line each."""
     for name, variant in VARIANTS.items():
