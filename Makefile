@@ -80,6 +80,6 @@ $(VENV)/.ready-demo: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
-	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip -e ".[$(GPU_EXTRAS),demo,bench,test]"
+	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip -e ".[$(GPU_EXTRAS),demo,plot,docs,test]"
 	@touch $@ $(VENV)/.ready-demo
 endif

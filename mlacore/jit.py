@@ -123,7 +123,10 @@ def _nvrtc() -> Any:
     ImportError
         When the binding or the library is missing; says what to install.
     """
-    hint = "compiling kernels needs NVRTC: pip install 'cuda-bindings==13.*' 'nvidia-cuda-nvrtc==13.*'"
+    hint = (
+        "compiling kernels needs NVRTC: pip install 'cuda-bindings==13.*' 'nvidia-cuda-nvrtc==13.*' (with a driver of "
+        "CUDA 12.8 or 12.9 mlacore[cu12])"
+    )
     try:
         from cuda.bindings import nvrtc
 

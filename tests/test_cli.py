@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,12 @@ def test_info_of_a_ready_machine_names_no_problem():
         ({"driver_cuda": None, "gpus": ()}, r"no NVIDIA driver"),
         ({"gpus": ()}, r"CUDA_VISIBLE_DEVICES"),
         ({"gpus": (info.Gpu("NVIDIA A100", (8, 0), 108),)}, r"compute capability 9\.0; found NVIDIA A100 \(8\.0\)"),
-        ({"driver_cuda": (12, 8)}, r"CUDA 12\.8: install driver 580"),
+        ({"driver_cuda": (12, 4), "nvrtc": info.Library("12.9")}, r"CUDA 12\.4: install driver 570"),
+        ({"driver_cuda": (12, 8)}, r"CUDA 12\.8, NVRTC is 13\.0: install the cu12 extra .* or driver 580"),
+        (
+            {"driver_cuda": (12, 9), "nvrtc": info.Library(None, "not installed")},
+            r"NVRTC: .* 'nvidia-cuda-nvrtc-cu12>=12\.8",
+        ),
         (
             {"cupy": info.Library(None, "not installed")},
             r"CuPy: not installed; \S+ -m pip install 'cupy-cuda13x",
@@ -56,6 +62,20 @@ def test_info_names_what_is_missing_and_how_to_get_it(fields, expected):
     (problem,) = info.problems(changed(**fields))
     assert re.search(expected, problem)
     assert problem in info.report(changed(**fields))
+
+
+def test_a_driver_of_cuda_12_does_with_libraries_of_cuda_12():
+    assert info.problems(changed(driver_cuda=(12, 8), nvrtc=info.Library("12.9"))) == []
+
+
+def test_packages_named_are_the_extras_own():
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    declared = {requirement for extra in ("cu12", "cu13", "numba") for requirement in extras[extra]}
+    declared.add("numba-cuda[cu12]>=0.30,<0.31")
+    named = {name for packages in info._PACKAGES.values() for text in packages for name in re.findall(r"'(.*?)'", text)}
+    assert named == declared
 
 
 def test_a_second_gpu_that_is_no_hopper_is_no_problem():

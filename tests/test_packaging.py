@@ -48,6 +48,19 @@ def test_wheel_holds_package_and_kernel_sources_and_nothing_else(wheel):
     assert {re.sub(r"-.*", "", name.split("/")[0]) for name in names} == {"mlacore"}
 
 
+def test_extras_and_what_the_base_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [re.split(r"[<>=!~ ]", requirement)[0] for requirement in project["dependencies"]] == ["numpy", "ml_dtypes"]
+    extras = project["optional-dependencies"]
+    assert {"cu12", "cu13", "numba", "jax", "test", "nvtx", "plot", "docs", "cpu", "demo"} == set(extras)
+    # NVRTC and the runtime's headers, not the toolkit: neither its metapackage nor the math libraries.
+    gigabytes = re.compile(r"cuda-toolkit|cublas|cudnn|cusolver|cusparse|\[all\]|\[ctk\]")
+    assert not [
+        requirement for name in ("cu12", "cu13") for requirement in extras[name] if gigabytes.search(requirement)
+    ]
+    assert project["scripts"] == {"mlacore": "mlacore.__main__:main"}
+
+
 def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     target = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
