@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import mlacore
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("cupy", "numba", "torch", "jax")
 
@@ -95,7 +97,8 @@ def test_sources_do_not_shadow_the_cuda_namespace():
 
 
 @pytest.mark.parametrize(
-    "target", ["install", "demo", "test", "test-gpu", "compile", "bench", "bench-cache", "table", "lint", "format"]
+    "target",
+    ["install", "demo", "test", "test-gpu", "compile", "bench", "bench-cache", "table", "docs", "lint", "format"],
 )
 def test_no_target_installs_into_an_existing_interpreter(target):
     plan = run("make", "--dry-run", target, f"PYTHON={sys.executable}", "VENV=")
@@ -109,6 +112,16 @@ def test_every_target_is_explained():
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     explained = re.findall(r"^  ([a-z-]+) ", run("make", "help"), re.MULTILINE)
     assert sorted(explained) == sorted(phony.split())
+
+
+def test_docs_hold_every_public_name(tmp_path):
+    pytest.importorskip("pdoc", reason="needs the docs extra")
+    run("make", "docs", f"PYTHON={sys.executable}", "VENV=", f"DOCS={tmp_path}")
+    page = (tmp_path / "mlacore.html").read_text()
+    for name in set(mlacore.__all__) - {"__version__"}:
+        assert f'id="{name}"' in page, name
+    assert "multiples of 16 bytes" in page, "docstrings are in it"
+    assert str(ROOT) not in page
 
 
 @pytest.mark.parametrize("arguments", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)])
