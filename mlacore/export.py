@@ -26,6 +26,8 @@ _CONSTANTS = (
     "TILE_ROWS",
     "HEAD_DIM_QK",
     "HEAD_DIM_V",
+    "INVARIANT_SPLIT_TILES",
+    "MAX_INVARIANT_SPLITS",
     "MERGE_PATIENCE_CYCLES",
     "WRITE_ROWS",
     "UPDATE_ROWS",
@@ -169,6 +171,12 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
             },
         },
         "num_workers": "max(1, cuOccupancyMaxActiveClusters * cluster_ctas / (row_blocks * num_kv_heads))",
+        "batch_invariant": {
+            "max_splits": f"max(1, min({params.MAX_INVARIANT_SPLITS}, "
+            f"ceil(max_seq_len / {params.TILE_TOKENS * params.INVARIANT_SPLIT_TILES}))); 0 in any other plan",
+            "num_workers": "batch * max_splits",
+            "dispatch": "as if tokens were unknown",
+        },
         "prefetch_tiles": f"0 if cluster_ctas is 1, page_size < {params.TILE_TOKENS} or rows of a page have gaps; "
         "else min(2, row_blocks / cluster_ctas)",
         "merge_patience_cycles": f"{params.MERGE_PATIENCE_CYCLES} if cuOccupancyMaxActiveClusters * cluster_ctas CTAs "

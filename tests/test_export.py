@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlacore import dispatch, jit, params
+from mlacore import dispatch, jit, params, plan
 from mlacore.__main__ import main
 from mlacore.arrays import bfloat16
 
@@ -125,6 +125,7 @@ int prefetch(const int *shape, int page_size, int is_contiguous) {
 int box(const int *shape, int page_size) {
   return mlacore_box_tokens((MlacoreShape){shape[0], shape[1], shape[2]}, page_size);
 }
+int invariant_splits(long long max_seq_len) { return mlacore_invariant_splits(max_seq_len); }
 int is_there(const char *name) { return mlacore_kernel(name) != 0; }
 """
 
@@ -146,6 +147,11 @@ def test_header_chooses_as_dispatch_does(rules):
             assert rules.is_there(expected.variant("bfloat16").encode())
             assert rules.is_there(expected.variant("float16").encode())
     assert not rules.is_there(b"nonsense")
+
+
+def test_header_splits_as_batch_invariant_plans_do(rules):
+    for tokens in (1, 64, 1024, 1025, 65536, 65537, 1 << 30):
+        assert rules.invariant_splits(ctypes.c_longlong(tokens)) == plan.invariant_splits(-(-tokens // 64)), tokens
 
 
 def test_scratch_is_what_a_plan_allocates(rules):
@@ -213,12 +219,12 @@ def test_example_launches_what_python_launches(on_the_host, folder, shape, tmp_p
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("passed\n")
-    (_, tensor_map), (plan, plan_launch), (_, plan_record), (kernel, launch), (_, record) = (
+    (_, tensor_map), (planner, plan_launch), (_, plan_record), (kernel, launch), (_, record) = (
         (what, bytes.fromhex(values)) for what, values in map(str.split, log.read_text().splitlines())
     )
     shape_of = dispatch.choose(heads, batch * tokens)
     workers = max(1, 132 // shape_of.row_blocks)
-    assert plan == "mla_plan"
+    assert planner == "mla_plan"
     assert np.frombuffer(plan_launch, np.uint32).tolist() == [1, 1, 1, params.PLAN_THREADS, 0]
     assert kernel == jit.VARIANTS[shape_of.variant("bfloat16")].kernel
     assert np.frombuffer(launch, np.uint32).tolist() == [
@@ -231,7 +237,7 @@ def test_example_launches_what_python_launches(on_the_host, folder, shape, tmp_p
     (planned,), (decoded,) = (
         np.frombuffer(r, f) for r, f in ((plan_record, params.PLAN_PARAMS), (record, params.DECODE_PARAMS))
     )
-    assert (planned["batch"], planned["num_workers"]) == (batch, workers)
+    assert (planned["batch"], planned["num_workers"], planned["max_splits"]) == (batch, workers, 0)
     for name in ("cache_seqlens", "work", "splits"):
         assert planned[name] == decoded[name]
     is_resident = workers * shape_of.row_blocks <= 132 // shape_of.cluster_ctas * shape_of.cluster_ctas
@@ -345,7 +351,7 @@ def test_example_on_the_gpu_gives_the_bits_that_python_gives(folder, shape, tmp_
     q, pool, table, lengths, out, lse = saved(tmp_path / "saved", *shape)
     device = [cupy.asarray(array.view(np.uint16)).view(bfloat16) for array in (q, pool)]
     device += [cupy.asarray(array) for array in (table, lengths)]
-    plan = mlacore.plan_decode(device[3], num_heads=shape[1], max_seq_len=shape[2])
-    ours, our_lse = mlacore.mla_decode(*device, plan=plan)
+    schedule = mlacore.plan_decode(device[3], num_heads=shape[1], max_seq_len=shape[2])
+    ours, our_lse = mlacore.mla_decode(*device, plan=schedule)
     assert (ours.view(np.uint16).get() == out.view(np.uint16)).all()
     assert (our_lse.get().view(np.uint32) == lse.view(np.uint32)).all()

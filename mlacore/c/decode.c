@@ -235,6 +235,7 @@ int main(int argc, char **argv) {
       .splits = params.splits,
       .batch = batch,
       .num_workers = num_workers,
+      .max_splits = 0,
   };
   CUtensorMap map = pool_map(params.kv, shape, num_pages);
 
