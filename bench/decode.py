@@ -177,12 +177,13 @@ def _cycle(calls: Sequence[Callable[[], Any]], count: int) -> list[Callable[[], 
 
 def _with_progress(cases: Sequence[Case]) -> tuple[Iterable[Case], Callable[[str], Any]]:
     """The cases, behind a progress bar where there is a terminal and tqdm, and what prints a line above it."""
+    plain = functools.partial(print, flush=True)
     try:
         from tqdm import tqdm
     except ImportError:
-        return cases, functools.partial(print, flush=True)
+        return cases, plain
     bar = tqdm(cases, desc="bench", unit="case", disable=None)
-    return bar, bar.write
+    return bar, plain if bar.disable else bar.write
 
 
 def run(
