@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+DOCS   ?= build/docs
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -24,7 +25,7 @@ endif
 XDIST = $(shell $(PY) -c "import xdist" 2>/dev/null && printf '%s' '-n auto --maxprocesses 8')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu compile bench bench-cache table lint format clean
+.PHONY: help install demo test test-gpu compile bench bench-cache table docs lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-11s %s\n", $$1, $$2}'
@@ -57,6 +58,9 @@ table: $(DEV_READY) ## rewrite the README's tables and the plots from bench/resu
 	$(PY) -m bench.plot
 	$(PY) -m bench.table
 
+docs: $(DEV_READY) ## the API reference, from the docstrings, as static HTML in build/docs
+	MLACORE_COMPILE=lazy $(PY) -m pdoc --docformat numpy --no-show-source --output-directory $(DOCS) mlacore mlacore.flash_mla
+
 lint: $(DEV_READY) ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -80,6 +84,6 @@ $(VENV)/.ready-demo: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
-	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip -e ".[$(GPU_EXTRAS),demo,bench,test]"
+	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip -e ".[$(GPU_EXTRAS),demo,plot,docs,test]"
 	@touch $@ $(VENV)/.ready-demo
 endif

@@ -16,7 +16,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,17 @@ def _cycle(calls: Sequence[Callable[[], Any]], count: int) -> list[Callable[[], 
     return [calls[i % len(calls)] for i in range(count)]
 
 
+def _with_progress(cases: Sequence[Case]) -> tuple[Iterable[Case], Callable[[str], Any]]:
+    """The cases, behind a progress bar where there is a terminal and tqdm, and what prints a line above it."""
+    plain = functools.partial(print, flush=True)
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return cases, plain
+    bar = tqdm(cases, desc="bench", unit="case", disable=None)
+    return bar, plain if bar.disable else bar.write
+
+
 def run(
     cases: Sequence[Case], *, budget: Budget, use_peers: bool, with_host: bool, command: str
 ) -> tuple[Result, list[str]]:
@@ -203,7 +214,8 @@ def run(
     bench = Bench(stream, budget, measured, peers, meter, watch)
     rows: list[Row] = []
     failures: list[str] = []
-    for case in cases:
+    bar, say = _with_progress(cases)
+    for case in bar:
         try:
             with watch.phase("inputs"):
                 peers.free_memory()
@@ -212,9 +224,9 @@ def run(
             rows.append(bench.row(case, inputs))
         except Exception as error:  # reported, and the exit status; the other rows must not be lost with this one
             failures.append(f"{case.id}: {type(error).__name__}: {error}")
-            print(f"  FAILED {failures[-1]}", flush=True)
+            say(f"  FAILED {failures[-1]}")
             continue
-        print(f"  {case.id}: {rows[-1]['mlacore']['us']:.1f} µs, floor {rows[-1]['floor_us']:.1f} µs", flush=True)
+        say(f"  {case.id}: {rows[-1]['mlacore']['us']:.1f} µs, floor {rows[-1]['floor_us']:.1f} µs")
     host_rows: list[dict[str, Any]] = []
     if with_host:
         try:

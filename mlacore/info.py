@@ -15,7 +15,21 @@ from pathlib import Path
 import mlacore
 from mlacore import driver, jit
 
-REQUIRED_CUDA = (13, 0)  # what the `cu13` extra's libraries need of the driver
+LEAST_CUDA = (12, 8)  # of the driver, for the `cu12` extra's libraries
+
+# Of CuPy, NVRTC and Numba-CUDA, as in pyproject.toml.
+_PACKAGES = {
+    "cu13": (
+        "'cupy-cuda13x>=14.0.1,<15' 'nvidia-cuda-runtime==13.*'",
+        "'cuda-bindings==13.*' 'nvidia-cuda-nvrtc==13.*'",
+        "'numba-cuda[cu13]>=0.30,<0.31'",
+    ),
+    "cu12": (
+        "'cupy-cuda12x>=14.0.1,<15' 'nvidia-cuda-runtime-cu12>=12.8,<13'",
+        "'cuda-bindings>=12.9.1,<13' 'nvidia-cuda-nvrtc-cu12>=12.8,<13'",
+        "'numba-cuda[cu12]>=0.30,<0.31'",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +95,21 @@ def problems(env: Environment) -> list[str]:
     elif all(gpu.compute_capability != driver.HOPPER for gpu in env.gpus):
         have = ", ".join(f"{gpu.name} ({_dotted(gpu.compute_capability)})" for gpu in env.gpus)
         found.append(f"no GPU of compute capability {_dotted(driver.HOPPER)}; found {have}")
-    if env.driver_cuda is not None and env.driver_cuda < REQUIRED_CUDA:
-        found.append(f"the driver offers CUDA {_dotted(env.driver_cuda)}: install driver 580 or newer (CUDA 13.0)")
-    for name, library, packages in (
-        ("CuPy", env.cupy, "'cupy-cuda13x>=14.0.1,<15' 'nvidia-cuda-runtime==13.*'"),
-        ("NVRTC", env.nvrtc, "'cuda-bindings==13.*' 'nvidia-cuda-nvrtc==13.*'"),
-        ("Numba-CUDA", env.numba_cuda, "'numba-cuda[cu13]>=0.30,<0.31'"),
+    driver_cuda = env.driver_cuda or (13, 0)
+    if driver_cuda < LEAST_CUDA:
+        found.append(
+            f"the driver offers CUDA {_dotted(driver_cuda)}: install driver 570 (CUDA {_dotted(LEAST_CUDA)}) or newer"
+        )
+    elif env.nvrtc.version and int(env.nvrtc.version.split(".")[0]) > driver_cuda[0]:
+        found.append(
+            f"the driver offers CUDA {_dotted(driver_cuda)}, NVRTC is {env.nvrtc.version}: install the cu12 extra in "
+            "place of cu13, or driver 580 (CUDA 13.0) or newer"
+        )
+    for name, library, packages in zip(
+        ("CuPy", "NVRTC", "Numba-CUDA"),
+        (env.cupy, env.nvrtc, env.numba_cuda),
+        _PACKAGES["cu12" if driver_cuda[0] < 13 else "cu13"],
+        strict=True,
     ):
         if library.version is None:
             found.append(f"{name}: {library.problem}; {sys.executable} -m pip install {packages}")

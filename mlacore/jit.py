@@ -123,7 +123,10 @@ def _nvrtc() -> Any:
     ImportError
         When the binding or the library is missing; says what to install.
     """
-    hint = "compiling kernels needs NVRTC: pip install 'cuda-bindings==13.*' 'nvidia-cuda-nvrtc==13.*'"
+    hint = (
+        "compiling kernels needs NVRTC: pip install 'cuda-bindings==13.*' 'nvidia-cuda-nvrtc==13.*' (with a driver of "
+        "CUDA 12.8 or 12.9 mlacore[cu12])"
+    )
     try:
         from cuda.bindings import nvrtc
 
@@ -253,6 +256,24 @@ def _publish(entry: Path, built: bytes) -> None:
 def status() -> list[tuple[str, bool]]:
     """(variant, is it in the cache) for all variants."""
     return [(name, _read_entry(_entry(variant)) is not None) for name, variant in VARIANTS.items()]
+
+
+def build_all(report: Callable[[str], object]) -> None:
+    """Build what the cache lacks, ahead of use; report a line a variant.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot keep it.
+    """
+    for name, variant in VARIANTS.items():
+        entry = _entry(variant)
+        was_there = _read_entry(entry) is not None
+        size = len(cubin(variant))
+        if _read_entry(entry) is None:
+            raise OSError(f"{entry.parent}: {name} cannot be kept there (MLACORE_CACHE_DIR names another folder)")
+        report(f"{name:48} {size:7d} bytes  {'already there' if was_there else 'built'}")
+    report(f"{len(VARIANTS)} kernels in {cache_dir()}")
 
 
 def compile_all(report: Callable[[str], object]) -> None:

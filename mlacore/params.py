@@ -140,3 +140,13 @@ GATHER_PARAMS = _struct(
     ("num_pages", _I32),
     ("page_size_log2", _I32),
 )
+
+# By their names in `cuda/params.cuh`.
+STRUCTS = {
+    "DecodeParams": DECODE_PARAMS,
+    "PlanParams": PLAN_PARAMS,
+    "WriteParams": WRITE_PARAMS,
+    "UpdateParams": UPDATE_PARAMS,
+    "CopyParams": COPY_PARAMS,
+    "GatherParams": GATHER_PARAMS,
+}

@@ -316,7 +316,7 @@ def test_headline_rows_are_measured_cases():
 
 
 def test_plot_is_a_png_with_every_bar(result, tmp_path):
-    pytest.importorskip("matplotlib", reason="needs the bench extra")
+    pytest.importorskip("matplotlib", reason="needs the plot extra")
     path = tmp_path / "plot.png"
     plot.draw(result, path)
     data = path.read_bytes()
@@ -325,7 +325,7 @@ def test_plot_is_a_png_with_every_bar(result, tmp_path):
 
 
 def test_plot_command_writes_one_file_a_gpu(both, tmp_path):
-    pytest.importorskip("matplotlib", reason="needs the bench extra")
+    pytest.importorskip("matplotlib", reason="needs the plot extra")
     for one in both:
         (tmp_path / f"{one['gpu']['slug']}.json").write_text(json.dumps(one))
     assert plot.main(["--results", str(tmp_path)]) == 0

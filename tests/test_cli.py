@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from mlacore import demo, demo_steps, info
+from mlacore import bench_command, demo, demo_steps, info, jit
 from mlacore.__main__ import main
 
 READY = info.Environment(
@@ -43,7 +44,12 @@ def test_info_of_a_ready_machine_names_no_problem():
         ({"driver_cuda": None, "gpus": ()}, r"no NVIDIA driver"),
         ({"gpus": ()}, r"CUDA_VISIBLE_DEVICES"),
         ({"gpus": (info.Gpu("NVIDIA A100", (8, 0), 108),)}, r"compute capability 9\.0; found NVIDIA A100 \(8\.0\)"),
-        ({"driver_cuda": (12, 8)}, r"CUDA 12\.8: install driver 580"),
+        ({"driver_cuda": (12, 4), "nvrtc": info.Library("12.9")}, r"CUDA 12\.4: install driver 570"),
+        ({"driver_cuda": (12, 8)}, r"CUDA 12\.8, NVRTC is 13\.0: install the cu12 extra .* or driver 580"),
+        (
+            {"driver_cuda": (12, 9), "nvrtc": info.Library(None, "not installed")},
+            r"NVRTC: .* 'nvidia-cuda-nvrtc-cu12>=12\.8",
+        ),
         (
             {"cupy": info.Library(None, "not installed")},
             r"CuPy: not installed; \S+ -m pip install 'cupy-cuda13x",
@@ -56,6 +62,20 @@ def test_info_names_what_is_missing_and_how_to_get_it(fields, expected):
     (problem,) = info.problems(changed(**fields))
     assert re.search(expected, problem)
     assert problem in info.report(changed(**fields))
+
+
+def test_a_driver_of_cuda_12_does_with_libraries_of_cuda_12():
+    assert info.problems(changed(driver_cuda=(12, 8), nvrtc=info.Library("12.9"))) == []
+
+
+def test_packages_named_are_the_extras_own():
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    declared = {requirement for extra in ("cu12", "cu13", "numba") for requirement in extras[extra]}
+    declared.add("numba-cuda[cu12]>=0.30,<0.31")
+    named = {name for packages in info._PACKAGES.values() for text in packages for name in re.findall(r"'(.*?)'", text)}
+    assert named == declared
 
 
 def test_a_second_gpu_that_is_no_hopper_is_no_problem():
@@ -132,17 +152,135 @@ def test_demo_reproduces_the_quoted_cache_figures():
     assert "14.06%" in demo.cache_report(demo.DEEPSEEK_V2_LITE, tokens=1)
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["demo"], ["compile"]])
+COMMANDS = [["info"], ["demo"], ["check"], ["compile"], ["export"], ["bench"]]
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS])
 def test_help_is_there(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
     assert stopped.value.code == 0
-    assert "usage: python -m mlacore" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "usage: python -m mlacore" in text
+    assert len(text.split()) > 30, "a usage line alone is no help"
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--batch", "0"], ["demo", "--device", "tpu"]])
+def test_help_of_all_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for (command,) in COMMANDS:
+        assert re.search(rf"^    {command} +\w", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["demo", "--batch", "0"],
+        ["demo", "--device", "tpu"],
+        ["check", "--seed", "-1"],
+        ["export"],
+        ["compile", "--none"],
+    ],
+)
 def test_wrong_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err
+
+
+# ---- compile --all -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_compiler(tmp_path, monkeypatch):
+    """Two variants, a cache folder of their own, and a compiler that only counts; returns the folder and the counts."""
+    compiled: list[str] = []
+
+    def compile(variant: jit.Variant) -> jit.Compiled:
+        compiled.append(variant.name)
+        return jit.Compiled(b"\x7fELF" + variant.name.encode(), "")
+
+    monkeypatch.setenv("MLACORE_CACHE_DIR", str(tmp_path / "cubins"))
+    monkeypatch.setattr(jit, "VARIANTS", {name: jit.VARIANTS[name] for name in ("mla_plan", "cache_copy")})
+    monkeypatch.setattr(jit, "nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(jit, "compile", compile)
+    return tmp_path / "cubins", compiled
+
+
+def test_compile_all_builds_what_is_missing(fake_compiler, capsys):
+    folder, compiled = fake_compiler
+    jit.cubin(jit.VARIANTS["cache_copy"])
+    assert main(["compile", "--all"]) == 0
+    assert compiled == ["cache_copy", "mla_plan"]
+    text = capsys.readouterr().out
+    assert re.search(r"mla_plan .*built$", text, re.MULTILINE)
+    assert re.search(r"cache_copy .*already there$", text, re.MULTILINE)
+    assert f"2 kernels in {folder}" in text
+    assert len(list(folder.glob("*.cubin"))) == 2
+    assert main(["compile", "--all"]) == 0
+    assert len(compiled) == 2
+
+
+def test_compile_all_fails_where_nothing_can_be_kept(fake_compiler, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MLACORE_CACHE_DIR", str(tmp_path / "file" / "cubins"))
+    assert main(["compile", "--all"]) == 1
+    assert re.search(r"file/cubins: mla_plan cannot be kept there \(MLACORE_CACHE_DIR", capsys.readouterr().err)
+
+
+# ---- bench ---------------------------------------------------------------------------------------------------------
+
+
+def test_bench_says_how_to_get_it_without_a_checkout(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_command, "__file__", str(tmp_path / "site-packages" / "mlacore" / "bench_command.py"))
+    assert main(["bench"]) == 2
+    assert "clone the repository" in capsys.readouterr().err
+
+
+def test_bench_passes_its_options_on_and_draws(monkeypatch, tmp_path, capsys):
+    import bench.decode
+    import bench.plot
+
+    seen, drawn = [], []
+
+    def fake(options: list[str]) -> int:
+        seen.append(options)
+        if "--output" in options:
+            Path(options[options.index("--output") + 1]).write_text('{"rows": [1]}')
+        return 0
+
+    monkeypatch.setattr(bench.decode, "main", fake)
+    monkeypatch.setattr(bench.plot, "draw", lambda result, path: drawn.append((result, path)))
+    monkeypatch.setattr(bench_command.importlib.util, "find_spec", lambda name: name)
+    out, plot = tmp_path / "result.json", tmp_path / "plot.png"
+    options = ["--only", "few", "--only", "mtp", "--quick", "--no-peers", "--json", str(out), "--plot", str(plot)]
+    assert main(["bench", *options]) == 0
+    assert seen.pop() == ["--only", "few", "--only", "mtp", "--quick", "--no-peers", "--output", str(out)]
+    assert drawn.pop() == ({"rows": [1]}, plot)
+    assert main(["bench", "--quick", "--plot", str(plot)]) == 0  # drawn from a file that nobody asked to keep
+    assert not Path(seen.pop()[-1]).exists()
+    assert drawn.pop() == ({"rows": [1]}, plot)
+    assert main(["bench"]) == 0
+    assert seen.pop() == []
+    assert not drawn
+
+
+def test_bench_misses_matplotlib_before_it_measures(monkeypatch, capsys):
+    import bench.decode
+
+    monkeypatch.setattr(bench_command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench.decode, "main", lambda options: pytest.fail("measured"))
+    assert main(["bench", "--plot", "x.png"]) == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_bench_without_a_gpu_says_so(monkeypatch, capsys):
+    import bench.environment
+
+    monkeypatch.setattr(bench.environment, "why_not", lambda: "no GPU here")
+    assert main(["bench"]) == 2
+    assert "no GPU here" in capsys.readouterr().err

@@ -270,12 +270,17 @@ def test_nan_in_use_reaches_its_own_sequence_only() -> None:
 
 
 @pytest.fixture
-def no_threadpoolctl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_blas_controller", lambda: None)
+def no_threadpoolctl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)  # as if it were not installed
+    cpu._blas_controller.cache_clear()
+    yield
+    cpu._blas_controller.cache_clear()
 
 
 @pytest.mark.usefixtures("no_threadpoolctl")
-def test_without_threadpoolctl() -> None:
+def test_without_threadpoolctl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLAS brings the threads, so workers run one after another, in the caller's."""
+    monkeypatch.setattr(cpu, "_executor", lambda pid: pytest.fail("workers beside BLAS's threads"))
     check(Case(3, 2, 700, 16, causal=True, lengths=(700, 3, 65), num_workers=4))
 
 

@@ -35,16 +35,6 @@ def test_a_broken_source_reports_kernel_definitions_and_log():
         jit.compile(broken)
 
 
-STRUCTS = {
-    "DecodeParams": params.DECODE_PARAMS,
-    "PlanParams": params.PLAN_PARAMS,
-    "WriteParams": params.WRITE_PARAMS,
-    "UpdateParams": params.UPDATE_PARAMS,
-    "CopyParams": params.COPY_PARAMS,
-    "GatherParams": params.GATHER_PARAMS,
-}
-
-
 def _struct_checks(struct: str, dtype: np.dtype) -> str:
     lines = [f'static_assert(sizeof({struct}) == {dtype.itemsize}, "size");']
     for name, (field, offset) in ((name, dtype.fields[name][:2]) for name in dtype.names):
@@ -63,9 +53,9 @@ def _compiles(monkeypatch, source: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("struct", STRUCTS)
+@pytest.mark.parametrize("struct", params.STRUCTS)
 def test_structs_are_equal_on_both_sides(monkeypatch, struct):
-    dtype = STRUCTS[struct]
+    dtype = params.STRUCTS[struct]
     assert _compiles(monkeypatch, _struct_checks(struct, dtype))
     swapped = np.dtype([(n, dtype.fields[n][0]) for n in (*dtype.names[1::-1], *dtype.names[2:])], align=True)
     assert not _compiles(monkeypatch, _struct_checks(struct, swapped)), "the check itself must be able to fail"
@@ -143,21 +133,69 @@ def test_digest_sees_headers_constants_and_flags(monkeypatch):
     assert jit.digest(jit.Variant(VARIANT.name, VARIANT.kernel, (*VARIANT.defines, ("Y", 1)))) != before
 
 
-def test_processes_that_start_together_compile_once(cache_folder):
-    code = (
-        "from mlacore import jit\n"
-        "compiled, real = [], jit.compile\n"
-        "jit.compile = lambda variant: compiled.append(1) or real(variant)\n"
-        "jit.cubin(jit.VARIANTS['mla_plan'])\n"
-        "print(len(compiled))"
-    )
-    environment = os.environ | {"MLACORE_COMPILE": "lazy"}  # else a GPU machine compiles before the count begins
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(4)
-    ]
-    counts = [int(process.communicate(timeout=120)[0]) for process in processes]
-    assert sum(counts) == 1, counts
+IMPORT_ON_A_GPU_MACHINE = """
+import os, sys, time
+from pathlib import Path
+
+import mlacore  # lazily: what an eager import does comes below, with a compiler that counts and a GPU that is not there
+from mlacore import driver, jit
+
+def compile(variant):
+    with open(sys.argv[1], "a") as log:
+        log.write(variant.name + "\\n")
+    time.sleep(0.05)
+    return jit.Compiled(b"\\x7fELF" + variant.name.encode(), "")
+
+jit.compile, jit.nvrtc_version = compile, lambda: (13, 0)
+driver.hopper_devices = lambda: [0]
+driver._kernel = lambda name: jit.cubin(jit.VARIANTS[name])
+print("ready", flush=True)
+sys.stdin.readline()
+os.environ["MLACORE_COMPILE"] = "eager"
+mlacore._load_kernels()
+assert all(built for name, built in jit.status() if jit.VARIANTS[name].is_default)
+"""
+
+
+def test_sixteen_processes_that_import_together_compile_once(cache_folder, tmp_path):
+    log = tmp_path / "log"
+    environment = os.environ | {"MLACORE_COMPILE": "lazy", "OPENBLAS_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", IMPORT_ON_A_GPU_MACHINE, str(log)]
+    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(16)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "no GPU kernels" not in errors
+    compiled = log.read_text().split()
+    assert sorted(compiled) == sorted(name for name, variant in jit.VARIANTS.items() if variant.is_default)
+
+
+def test_a_read_only_folder_serves_what_is_in_it(cache_folder, monkeypatch):
+    monkeypatch.setattr(jit, "compile", lambda variant: jit.Compiled(b"\x7fELF" + variant.name.encode(), ""))
+    kept = jit.cubin(VARIANT)
+    names = {path.name for path in cache_folder.iterdir()}
+    cache_folder.chmod(0o555)
+
+    def refused(path, *_):  # to root no folder is read-only
+        raise PermissionError(f"read-only: {path}")
+
+    monkeypatch.setattr(jit, "open", refused, raising=False)
+    monkeypatch.setattr(jit.tempfile, "mkstemp", lambda dir, prefix: refused(dir))
+    try:
+        assert jit.cubin(VARIANT) == kept
+        assert jit.cubin(jit.VARIANTS["cache_copy"]) == b"\x7fELFcache_copy"  # compiled for this process alone
+        assert {path.name for path in cache_folder.iterdir()} == names
+        assert (VARIANT.name, True) in jit.status()
+        with pytest.raises(OSError, match="cannot be kept there"):
+            jit.build_all(lambda line: None)
+    finally:
+        cache_folder.chmod(0o755)
 
 
 def test_missing_nvrtc_says_what_to_install(monkeypatch):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import mlacore
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("cupy", "numba", "torch", "jax")
 
@@ -43,9 +45,22 @@ def test_wheel_holds_package_and_kernel_sources_and_nothing_else(wheel):
     assert any(name.endswith(".cu") for name in sources)
     assert sources <= names
     assert {f"mlacore/{path.name}" for path in (ROOT / "mlacore").glob("*.py")} <= names
-    assert "mlacore/py.typed" in names
+    assert {"mlacore/py.typed", "mlacore/c/mlacore.h.in", "mlacore/c/decode.c"} <= names
     assert not [name for name in names if name.endswith("cuda/__init__.py")]
     assert {re.sub(r"-.*", "", name.split("/")[0]) for name in names} == {"mlacore"}
+
+
+def test_extras_and_what_the_base_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [re.split(r"[<>=!~ ]", requirement)[0] for requirement in project["dependencies"]] == ["numpy", "ml_dtypes"]
+    extras = project["optional-dependencies"]
+    assert {"cu12", "cu13", "numba", "jax", "test", "nvtx", "plot", "docs", "cpu", "demo"} == set(extras)
+    # NVRTC and the runtime's headers, not the toolkit: neither its metapackage nor the math libraries.
+    gigabytes = re.compile(r"cuda-toolkit|cublas|cudnn|cusolver|cusparse|\[all\]|\[ctk\]")
+    assert not [
+        requirement for name in ("cu12", "cu13") for requirement in extras[name] if gigabytes.search(requirement)
+    ]
+    assert project["scripts"] == {"mlacore": "mlacore.__main__:main"}
 
 
 def test_wheel_works_outside_the_checkout(wheel, tmp_path):
@@ -82,7 +97,8 @@ def test_sources_do_not_shadow_the_cuda_namespace():
 
 
 @pytest.mark.parametrize(
-    "target", ["install", "demo", "test", "test-gpu", "compile", "bench", "bench-cache", "table", "lint", "format"]
+    "target",
+    ["install", "demo", "test", "test-gpu", "compile", "bench", "bench-cache", "table", "docs", "lint", "format"],
 )
 def test_no_target_installs_into_an_existing_interpreter(target):
     plan = run("make", "--dry-run", target, f"PYTHON={sys.executable}", "VENV=")
@@ -96,6 +112,16 @@ def test_every_target_is_explained():
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     explained = re.findall(r"^  ([a-z-]+) ", run("make", "help"), re.MULTILINE)
     assert sorted(explained) == sorted(phony.split())
+
+
+def test_docs_hold_every_public_name(tmp_path):
+    pytest.importorskip("pdoc", reason="needs the docs extra")
+    run("make", "docs", f"PYTHON={sys.executable}", "VENV=", f"DOCS={tmp_path}")
+    page = (tmp_path / "mlacore.html").read_text()
+    for name in set(mlacore.__all__) - {"__version__"}:
+        assert f'id="{name}"' in page, name
+    assert "multiples of 16 bytes" in page, "docstrings are in it"
+    assert str(ROOT) not in page
 
 
 @pytest.mark.parametrize("arguments", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)])
