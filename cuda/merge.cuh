@@ -3,8 +3,8 @@
 //   lse = log sum_s exp(lse_s)        out = sum_s exp(lse_s - lse) out_s
 //
 // Two splits: the worker that comes first leaves its state in memory and goes on. The other adds it to its own, in
-// registers, and writes the result. It waits for the end of the other's item at most; sums and products are rounded alike
-// whoever comes last.
+// registers, and writes the result. It waits for the end of the other's item at most; sums and products are rounded
+// alike whoever comes last.
 //
 // More splits: every worker writes its state to memory, arrives at the sequence's counter when it has no items left,
 // waits for the others and merges its own slice of the rows and columns, in split order. Waiting is bounded: a worker
@@ -83,8 +83,9 @@ class SplitMerge {
     if (threadIdx.x < 2) {
       SplitGroup& group = shared_.groups[threadIdx.x];
       group.num_splits = 0;
-      if (items.has_items())
+      if (items.has_items()) {
         group = SplitGroup(params_, threadIdx.x == 0 ? items.first_sequence() : items.last_sequence());
+      }
     }
   }
   __device__ __forceinline__ const SplitGroup& group_of(const Item& item) const {
@@ -148,8 +149,8 @@ class SplitMerge {
 
  private:
   static constexpr i32 kUnitCells = 8;  // slices begin at multiples of these
-  static constexpr i32 kInFlight =
-      8;  // splits or cells that a thread loads at once: a merge waits on L2, not on arithmetic
+  // Splits or cells that a thread loads at once: a merge waits on L2, not on arithmetic.
+  static constexpr i32 kInFlight = 8;
 
   // A merged state of some splits, relative to `top`.
   struct alignas(32) State {

@@ -6,9 +6,9 @@
 //   lse = log sum exp(S)
 //
 // Grid: row blocks x KV heads x workers. A worker walks its items of the split schedule (schedule.cuh); an item that
-// covers its whole sequence writes out and lse, a split writes its partial state and the launch merges them at its end
-// (merge.cuh). With many heads at a small batch, several row blocks form a cluster: each CTA loads a share of every
-// tile and multicasts it to all, so that the partial states stay small and the pages are read once.
+// covers its whole sequence writes out and lse, splits are merged as merge.cuh says, in the same launch. With many
+// heads at a small batch, several row blocks form a cluster: each CTA loads a share of every tile and multicasts it to
+// all, so that the partial states stay small and the pages are read once.
 //
 // Roles (384 threads):
 //   warpgroup 0   224 registers  even tiles of an item, all of O; then the sum of both groups' states
@@ -236,10 +236,11 @@ struct Consumer {
 
   // 3
   __device__ __forceinline__ void accumulate(const Tile& tile, bool is_first) {
-    if (clear_tokens<kLatentChunks, kWarpgroupThreads>(shared_address(shared.kv[tile.stage]), tile.valid_tokens, thread)) {
+    const u32 stage = shared_address(shared.kv[tile.stage]);
+    if (clear_tokens<kLatentChunks, kWarpgroupThreads>(stage, tile.valid_tokens, thread)) {
       bar_sync(kGroup + group, kWarpgroupThreads);
     }
-    const u64 v = n_major_descriptor(shared_address(shared.kv[tile.stage]));
+    const u64 v = n_major_descriptor(stage);
     const u64 p = k_major_descriptor(shared_address(shared.p[group]));
 #pragma unroll
     for (u32 chunk = 0; chunk < kLatentChunks; ++chunk) keep_order(out[chunk]);

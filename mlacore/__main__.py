@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -137,12 +137,7 @@ def _add_compile(commands: argparse._SubParsersAction) -> None:
 def _compile(arguments: argparse.Namespace) -> int:
     from mlacore import jit
 
-    try:
-        (jit.build_all if arguments.all else jit.compile_all)(print)
-    except (ImportError, OSError, jit.CompileError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return _build(lambda: (jit.build_all if arguments.all else jit.compile_all)(print))
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
@@ -158,10 +153,17 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from mlacore import export, jit
+    from mlacore import export
+
+    return _build(lambda: export.export(arguments.folder, print))
+
+
+def _build(build: Callable[[], object]) -> int:
+    """Exit status of something that compiles and writes files; what it misses goes to stderr."""
+    from mlacore import jit
 
     try:
-        export.export(arguments.folder, print)
+        build()
     except (ImportError, OSError, jit.CompileError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -135,10 +135,8 @@ def mla_decode(
     device = q.data.device_id
     stream = arrays.as_stream(stream, device)
     if out is None or lse is None:
-        batch, seq_len_q, num_heads, _ = q.shape
         with arrays.on_device(device, stream) as cupy:
-            out = cupy.empty((batch, seq_len_q, num_heads, HEAD_DIM_V), q.dtype) if out is None else out
-            lse = cupy.empty((batch, num_heads, seq_len_q), cupy.float32) if lse is None else lse
+            out, lse = _results(cupy, q, out, lse)
     launch(q, kv_cache, block_table, cache_seqlens, plan, out, lse, stream)
     return (out if given_out is None else given_out), (lse if given_lse is None else given_lse)
 
@@ -174,10 +172,16 @@ def _decode_numpy(
         checks.check_indices(block_table, cache_seqlens, len(kv_cache), kv_cache.shape[1], None)
     if plan is None:
         plan = _plan_for(q, kv_cache, cache_seqlens, causal, None)
-    batch, seq_len_q, num_heads, _ = q.shape
-    out = np.empty((batch, seq_len_q, num_heads, HEAD_DIM_V), q.dtype) if out is None else out
-    lse = np.empty((batch, num_heads, seq_len_q), np.float32) if lse is None else lse
+    out, lse = _results(np, q, out, lse)
     cpu.decode(q, kv_cache, block_table, cache_seqlens, plan, out, lse, scale, bool(causal))
+    return out, lse
+
+
+def _results(xp: Any, q: Any, out: Any, lse: Any) -> tuple[Any, Any]:
+    """`out` and `lse`, made where they are None."""
+    batch, seq_len_q, num_heads, _ = q.shape
+    out = xp.empty((batch, seq_len_q, num_heads, HEAD_DIM_V), q.dtype) if out is None else out
+    lse = xp.empty((batch, num_heads, seq_len_q), xp.float32) if lse is None else lse
     return out, lse
 
 

@@ -232,9 +232,8 @@ def plan_decode(
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads={num_heads}")
     if num_kv_heads > MAX_KV_HEADS:
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected at most {MAX_KV_HEADS} (CUDA's grid)")
-    causal, batch_invariant = (
-        shapes.check_bool(name, value) for name, value in (("causal", causal), ("batch_invariant", batch_invariant))
-    )
+    causal = shapes.check_bool("causal", causal)
+    batch_invariant = shapes.check_bool("batch_invariant", batch_invariant)
     if max_seq_len is not None:
         max_seq_len = shapes.check_count("max_seq_len", max_seq_len)
     max_splits = 0
