@@ -2,44 +2,42 @@
 //
 //   lse = log sum_s exp(lse_s)        out = sum_s exp(lse_s - lse) out_s
 //
+// Every cell of a partial state says in which launch it was written (cells.cuh), so that whoever needs it just reads it
+// until it is there. This waits for one trip through L2, where a fence, an arrival at a counter and a look at it by the
+// others would take three.
+//
 // Two splits: the worker that comes first leaves its state in memory and goes on. The other adds it to its own, in
-// registers, and writes the result. It waits for the end of the other's item at most; sums and products are rounded
-// alike whoever comes last.
+// registers, and writes the result. The state that never was in memory is rounded as if it had been, and sums and
+// products are rounded alike whoever comes last.
 //
-// More splits: every worker writes its state to memory, arrives at the sequence's counter when it has no items left,
-// waits for the others and merges its own slice of the rows and columns, in split order. Waiting is bounded: a worker
-// that has lost its patience (the other CTAs may not be resident, when another kernel holds their SMs) abandons its
-// slice and leaves; the worker that arrives last merges what was abandoned. So no CTA ever depends on one that has not
-// started. The last arriver also sets the counters back to zero for the next launch: everybody else has settled (has
-// claimed or abandoned his slice) by then and does not look at them again.
+// More splits: every worker writes its state to memory, and when it has no items left merges its own slice of the rows
+// and columns, in split order. It waits only once all splits of the sequence have started, which nothing can hold up any
+// more; a worker that has lost its patience before (another kernel may hold the SMs that the others need) abandons its
+// slice and leaves. The split that starts last merges what was abandoned. So no CTA ever depends on one that has not
+// started.
 //
-// Shares and orders depend on the plan alone: results are bit-identical from call to call.
-//
-// A partial state is kept as the accumulators lie in registers. A cell is a float4 of one thread: two columns of two
-// query rows, a row pair; `Cells` (cells.cuh) says which, and where in memory. The cells of a row pair are numbered in
-// a row, so that a slice has few row pairs.
+// Counters wrap around to zero with the last of a launch: nobody has to clear them. Shares and orders depend on the plan
+// alone: results are bit-identical from call to call.
 #pragma once
 #include "cells.cuh"
 #include "params.cuh"
+#include "pipeline.cuh"
 #include "ptx.cuh"
 #include "schedule.cuh"
 #include "softmax.cuh"
 #include "work.cuh"
 
-// Counters of the splits of one sequence, KV head and row block; zero between launches.
-struct MergeCounters {
-  u32 arrived;  // splits whose partial states are in memory; of two, those that are done
-  u32 settled;  // others that have claimed (1) or abandoned (1 + kAbandoned) their slice; of two, states in memory
+// params.launches, of a plan.
+struct LaunchCounters {
+  u32 started;  // CTAs of the present launch, modulo their number
+  u32 number;   // of launches before; the cells of this one carry one more
 };
-constexpr u32 kAbandoned = 1 << 16;
-
-enum class Turn : u32 { kAbandon, kMerge, kMergeLast };
 
 // The splits of a sequence that this worker may share with others. Only its first and its last item can be such.
 struct SplitGroup {
   i32 sequence;
   i32 first_worker;
-  i32 num_splits;            // 0 for a worker without items
+  i32 num_splits;            // 0 for a worker without such an item
   bool first_begins_worker;  // the first split is its worker's first item
 
   SplitGroup() = default;
@@ -49,18 +47,30 @@ struct SplitGroup {
     num_splits = splits.y;
     first_begins_worker = params.work[2 * first_worker] == s;
   }
+  __device__ __forceinline__ bool is_many() const { return num_splits > 2; }
   // Later splits are the first item of their worker.
   __device__ __forceinline__ i32 slot(i32 split) const {
     return partial_slot(first_worker + split, split > 0 || first_begins_worker);
   }
 };
 
+// How a worker stands to the other splits of a sequence.
+enum Standing : u32 {
+  kUnknown,
+  kAllStarted,  // it may wait for them
+  kInherits,    // so it may, and merges what they have abandoned besides
+  kAbandons
+};
+
 // What one worker keeps in shared memory for its merges.
 struct MergeShared {
   SplitGroup groups[2];  // of the first item, of the last one
   bool is_second[2];     // of these items, if one of two splits: the other split was done before
-  Turn turn;             // from thread 0 to the others, as is `settled`
-  u32 settled;
+  u32 standing[2];
+  u32 launch;            // number that this launch's cells carry
+  u32 items_done;
+  i32 next_split;        // from thread 0 to the others
+  u64 ready;             // mbarrier: groups and launch have been read
 };
 
 // One state's share of the sum of two. Products are rounded before they are added, so that the order does not matter.
@@ -68,96 +78,182 @@ __device__ __forceinline__ float sum_of_products(float a, float weight_a, float 
   return __fadd_rn(__fmul_rn(a, weight_a), __fmul_rn(b, weight_b));
 }
 
-// Used by the `kThreads` threads from threadIdx.x == 0 on; kBarrier is a named barrier of theirs.
+// A row's sum of two states, known by their base-2 log-sum-exp.
+struct SumOfTwo {
+  float own_weight, other_weight, lse;
+
+  __device__ __forceinline__ SumOfTwo(float own, float other) {
+    const float top = fmaxf(own, other), base = finite_or_zero(top);
+    const float own_part = ex2(own - base), other_part = ex2(other - base), total = own_part + other_part;
+    const float scale = total == 0.f ? 0.f : 1.f / total;
+    own_weight = own_part * scale;
+    other_weight = other_part * scale;
+    lse = total == 0.f ? -infinity() : top + log2f(total);
+  }
+  __device__ __forceinline__ float of(float own, float other) const {
+    return sum_of_products(without_last_bits(own), own_weight, other, other_weight);
+  }
+};
+
+// Used by the `kThreads` threads from threadIdx.x == 0 on, the consumers, and by one warp besides, the herald, that has
+// nothing else to do meanwhile; kBarrier is a named barrier of the consumers.
 template <typename Element, typename Cells, u32 kThreads, u32 kBarrier>
 class SplitMerge {
  public:
-  // `scratch` is shared memory that nothing else uses once the worker has no items left: 32 bytes a thread.
+  // `scratch` is shared memory that nothing else uses once the worker has no items left: 96 bytes a thread.
   __device__ __forceinline__ SplitMerge(const DecodeParams& params, const Block& block, MergeShared& shared,
                                         const RowTable& rows, unsigned char* scratch)
       : params_(params), block_(block), shared_(shared), rows_(rows), scratch_(reinterpret_cast<State*>(scratch)) {}
 
-  // Thread 0 and 1 read ahead who shares the worker's first and last item: three dependent loads that nobody has to
-  // wait for later. All threads have to meet before the first use.
-  __device__ __forceinline__ void load_groups(const WorkerItems& items) const {
-    if (threadIdx.x < 2) {
-      SplitGroup& group = shared_.groups[threadIdx.x];
-      group.num_splits = 0;
-      if (items.has_items()) {
-        group = SplitGroup(params_, threadIdx.x == 0 ? items.first_sequence() : items.last_sequence());
+  // ---- the herald ----
+
+  // Before the block meets for the first time, by one thread.
+  __device__ __forceinline__ void init() const {
+    mbarrier_init(shared_address(&shared_.ready), 1);
+    shared_.standing[0] = shared_.standing[1] = kUnknown;
+    shared_.items_done = 0;
+  }
+  // Reads who shares the worker's first and last item, and tells the other splits that this one has started.
+  __device__ __forceinline__ void announce() const {
+    const u32 lane = threadIdx.x % kWarpThreads;
+    LaunchCounters* launches = reinterpret_cast<LaunchCounters*>(params_.launches);
+    const u32 launch = ld_relaxed_gpu(&launches->number);
+    const WorkerItems items(params_, block_.worker);
+    SplitGroup group;
+    group.num_splits = 0;
+    if (items.has_items() && (lane == 0 || (lane == 1 && items.last_sequence() != items.first_sequence()))) {
+      group = SplitGroup(params_, lane == 0 ? items.first_sequence() : items.last_sequence());
+    }
+    if (lane < 2) shared_.groups[lane] = group;
+    if (lane == 0) shared_.launch = launch + 1;
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&shared_.ready));
+    if (lane == 2) {
+      const u32 last = gridDim.x * gridDim.y * gridDim.z - 1;
+      // All CTAs have read the number when the last of them gets here.
+      if (atom_inc_release_gpu(&launches->started, last) == last) st_relaxed_gpu(&launches->number, launch + 1);
+    }
+    bool starts_last = false;
+    if (group.is_many()) {
+      starts_last = atom_inc_relaxed_gpu(counter(group), u32(group.num_splits - 1)) == u32(group.num_splits - 1);
+    }
+#pragma unroll 1
+    for (u32 i = 0; i < 2; ++i) {
+      if (!__shfl_sync(0xffffffffu, starts_last, i32(i))) continue;
+      const SplitGroup& started = shared_.groups[i];
+      fence_sc_gpu();
+      u32 found = 0;
+      for (i32 split = i32(lane); split < started.num_splits; split += i32(kWarpThreads)) {
+        found |= ld_relaxed_gpu(abandoned(started, split));
       }
+      const Standing standing = __any_sync(0xffffffffu, found != 0) ? kInherits : kAllStarted;
+      if (lane == 0) set_standing(i, standing);
     }
   }
+  // Until it is known whether the worker may wait for the other splits.
+  __device__ __forceinline__ void watch() const {
+    const u32 lane = threadIdx.x % kWarpThreads;
+    if (lane >= 2 || !shared_.groups[lane].is_many() || standing(lane) != kUnknown) return;
+    const SplitGroup& group = shared_.groups[lane];
+    u32* const own_flag = abandoned(group, block_.worker - group.first_worker);
+    long long done_at = 0;
+    while (ld_relaxed_gpu(counter(group)) != 0) {
+      __nanosleep(50);
+      if (*static_cast<volatile u32*>(&shared_.items_done) == 0) continue;
+      if (done_at == 0) done_at = clock64();
+      if (clock64() - done_at < params_.merge_patience_cycles) continue;
+      // The split that starts last looks at this flag after it has counted itself: if it did so before the flag was
+      // there, the counter shows it.
+      st_relaxed_gpu(own_flag, 1);
+      fence_sc_gpu();
+      if (ld_relaxed_gpu(counter(group)) != 0) {
+        set_standing(lane, kAbandons);
+        return;
+      }
+      st_relaxed_gpu(own_flag, 0);
+    }
+    set_standing(lane, kAllStarted);
+  }
+
+  // ---- the consumers, at the end of an item ----
+
+  // Before anything below.
+  __device__ __forceinline__ void await_groups() const { wait_phase(shared_address(&shared_.ready), 0); }
   __device__ __forceinline__ const SplitGroup& group_of(const Item& item) const {
     return shared_.groups[item.is_first ? 0 : 1];
   }
   __device__ __forceinline__ bool is_split(const Item& item) const {
     return (item.is_first || item.is_last) && group_of(item).num_splits > 1;
   }
+  __device__ __forceinline__ u32 launch() const { return shared_.launch; }
+  __device__ __forceinline__ i32 own_slot(const Item& item) const { return partial_slot(block_.worker, item.is_first); }
 
-  // Two splits. Their items are claimed, and then either published or, by the second, awaited and reset.
+  // Two splits. The first writes its state, the second reads it.
   __device__ __forceinline__ bool is_pair(const Item& item) const { return group_of(item).num_splits == 2; }
   // By thread 0: counts this split as done.
   __device__ __forceinline__ void claim(const Item& item) const {
-    shared_.is_second[item.is_first ? 0 : 1] = atom_add_relaxed_gpu(&counters(group_of(item))->arrived, 1) == 1;
+    shared_.is_second[item.is_first ? 0 : 1] = atom_inc_relaxed_gpu(counter(group_of(item)), 1) == 1;
   }
   // Once all threads know of claim(): whether the other split's state is to be added to this one's.
   __device__ __forceinline__ bool is_second(const Item& item) const { return shared_.is_second[item.is_first ? 0 : 1]; }
-  // By thread 0, when all threads have written the state of the first of two.
-  __device__ __forceinline__ void publish(const Item& item) const {
-    red_add_release_gpu(&counters(group_of(item))->settled, 1);
-  }
-  // By all threads of the second: returns when the other state is in memory, which is on its way.
-  __device__ __forceinline__ void await_other(const Item& item) const {
-    const u32* settled = &counters(group_of(item))->settled;
-    while (__any_sync(0xffffffffu, ld_acquire_gpu(settled) == 0)) {
-    }
-  }
-  // By thread 0 of the second, when all have returned from await_other().
-  __device__ __forceinline__ void reset(const Item& item) const { *counters(group_of(item)) = {0, 0}; }
   __device__ __forceinline__ i32 other_slot(const Item& item) const {
     const SplitGroup& group = group_of(item);
     return group.slot(1 - (block_.worker - group.first_worker));
   }
 
-  // Where the cells of a split's partial state go, and the row pairs' softmax references (x, y) and row sums (z, w).
-  __device__ __forceinline__ float4* partial_cells(i32 slot) const {
-    return reinterpret_cast<float4*>(params_.partial_out) + index_of_block(params_, block_, slot) * Cells::kCells;
+  // Where the cells of a split's partial state go, and those of its row pairs.
+  __device__ __forceinline__ uint4* partial_cells(i32 slot) const {
+    return reinterpret_cast<uint4*>(params_.partial_out) + index_of_block(params_, block_, slot) * Cells::kCells;
   }
-  __device__ __forceinline__ float4* partial_sums(i32 slot) const {
-    return reinterpret_cast<float4*>(params_.partial_sums) + index_of_block(params_, block_, slot) * Cells::kRowPairs;
+  __device__ __forceinline__ uint4* partial_lses(i32 slot) const {
+    return reinterpret_cast<uint4*>(params_.partial_lse) + index_of_block(params_, block_, slot) * Cells::kRowPairs;
   }
 
-  // When all threads have written all partial states of the worker: merges its slices of the sequences that it shares
-  // with more than one other. Arrivals wait until then as well: the others, whose work is as long, have no use for them
-  // earlier, and the fence before an arrival would hold up the items after it.
+  // ---- the consumers, when they have no items left ----
+
+  // Merges the worker's slices of the sequences that it shares with more than one other.
   __device__ __forceinline__ void run() const {
-    barrier_cta_sync(kBarrier, kThreads);
-    const SplitGroup first = shared_.groups[0], last = shared_.groups[1];
-    const bool merges_first = first.num_splits > 2,
-               merges_last = last.num_splits > 2 && last.sequence != first.sequence;
-    bool was_last[2] = {false, false};
-    if (threadIdx.x == 0) {
-      if (merges_first) was_last[0] = arrive(first);
-      if (merges_last) was_last[1] = arrive(last);
-    }
+    barrier_cta_sync(kBarrier, kThreads);  // nobody uses the scratch any more
+    if (threadIdx.x == 0) *static_cast<volatile u32*>(&shared_.items_done) = 1;
+    await_groups();
 #pragma unroll 1
     for (u32 i = 0; i < 2; ++i) {
-      if (i == 0 ? merges_first : merges_last) merge_group(shared_.groups[i], i == 0 ? was_last[0] : was_last[1]);
+      if (shared_.groups[i].is_many()) merge_group(i, shared_.groups[i]);
     }
   }
 
  private:
-  static constexpr i32 kUnitCells = 8;  // slices begin at multiples of these
-  // Splits or cells that a thread loads at once: a merge waits on L2, not on arithmetic.
-  static constexpr i32 kInFlight = 8;
+  static constexpr i32 kWarps = kThreads / kWarpThreads;
+  static constexpr u32 kUnitCells = Cells::kUnitCells;
+  // Splits of which a lane loads its cells at once: a merge waits on L2, not on arithmetic.
+  static constexpr i32 kBatch = kUnitCells == 1 ? 8 : 4;
 
-  // A merged state of some splits, relative to `top`.
-  struct alignas(32) State {
-    float4 sum;
+  // A lane's cells of some splits, added up relative to `top`, the largest of their log-sum-exps.
+  struct alignas(16) State {
+    float4 sum[kUnitCells];
     float2 total;
     float2 top;
+
+    // Makes it relative to a larger `top`; what all exponents are to be taken to.
+    __device__ __forceinline__ float2 raise(float2 to) {
+      top = {fmaxf(top.x, to.x), fmaxf(top.y, to.y)};
+      return {finite_or_zero(top.x), finite_or_zero(top.y)};
+    }
+    __device__ __forceinline__ void scale(float2 weight) {
+      total = {total.x * weight.x, total.y * weight.y};
+#pragma unroll
+      for (u32 c = 0; c < kUnitCells; ++c) {
+        sum[c] = {sum[c].x * weight.x, sum[c].y * weight.x, sum[c].z * weight.y, sum[c].w * weight.y};
+      }
+    }
+    __device__ __forceinline__ void add(u32 c, float2 weight, const float4& part) {
+      sum[c].x += weight.x * part.x;
+      sum[c].y += weight.x * part.y;
+      sum[c].z += weight.y * part.z;
+      sum[c].w += weight.y * part.w;
+    }
   };
+  static_assert(sizeof(State) <= 96, "more than the scratch has for a thread");
 
   const DecodeParams& params_;
   const Block& block_;
@@ -165,214 +261,185 @@ class SplitMerge {
   const RowTable& rows_;
   State* scratch_;
 
-  __device__ __forceinline__ MergeCounters* counters(const SplitGroup& group) const {
-    return reinterpret_cast<MergeCounters*>(params_.merge_counters) +
-           index_of_block(params_, block_, group.first_worker);
+  // Splits that have started, modulo their number; of two, those that are done.
+  __device__ __forceinline__ u32* counter(const SplitGroup& group) const {
+    return params_.merge_counters + index_of_block(params_, block_, group.first_worker);
   }
-  __device__ __forceinline__ volatile u32* abandoned(const SplitGroup& group, i32 split) const {
+  __device__ __forceinline__ u32* abandoned(const SplitGroup& group, i32 split) const {
     return params_.merge_abandoned + index_of_block(params_, block_, group.slot(split));
   }
-
-  // Thread 0: whether this was the last split of the sequence to arrive.
-  __device__ __forceinline__ bool arrive(const SplitGroup& group) const {
-    return atom_add_acq_rel_gpu(&counters(group)->arrived, 1) + 1 == u32(group.num_splits);
+  __device__ __forceinline__ u32 standing(u32 i) const { return *static_cast<volatile u32*>(&shared_.standing[i]); }
+  __device__ __forceinline__ void set_standing(u32 i, Standing standing) const {
+    *static_cast<volatile u32*>(&shared_.standing[i]) = standing;
   }
 
-  // This worker's slice, and, as the last to arrive (known to thread 0), what others have abandoned.
-  __device__ __forceinline__ void merge_group(const SplitGroup& group, bool was_last) const {
-    if (threadIdx.x == 0) shared_.turn = was_last ? Turn::kMergeLast : wait_for_splits(group);
-    barrier_cta_sync(kBarrier, kThreads);
-    const Turn turn = shared_.turn;
-    const i32 own = block_.worker - group.first_worker;
-    i32 split = turn == Turn::kAbandon ? group.num_splits : own;
-#pragma unroll 1
-    while (split < group.num_splits) {
-      merge_slice(group, split);
-      if (turn != Turn::kMergeLast) break;
-      if (split == own) {
-        if (threadIdx.x == 0) shared_.settled = wait_until_settled(group);
-        split = -1;
-      }
-      barrier_cta_sync(kBarrier, kThreads);
-      if (shared_.settled < kAbandoned) break;
-      do {
-        ++split;
-      } while (split < group.num_splits && *abandoned(group, split) == 0);
-    }
-    barrier_cta_sync(kBarrier, kThreads);  // shared_ and flags have been read
-    if (turn != Turn::kMergeLast) return;
-    if (threadIdx.x == 0) *counters(group) = {0, 0};
-    if (shared_.settled < kAbandoned) return;
-    for (i32 s = i32(threadIdx.x); s < group.num_splits; s += i32(kThreads)) *abandoned(group, s) = 0;
-  }
-
-  // Thread 0 of a worker that was not the last: waits for the others, and settles.
-  __device__ __forceinline__ Turn wait_for_splits(const SplitGroup& group) const {
-    MergeCounters* shared_counters = counters(group);
-    const long long start = clock64();
-    while (ld_acquire_gpu(&shared_counters->arrived) != u32(group.num_splits)) {
-      if (clock64() - start < params_.merge_patience_cycles) continue;
-      *abandoned(group, block_.worker - group.first_worker) = 1;
-      red_add_release_gpu(&shared_counters->settled, 1 + kAbandoned);
-      return Turn::kAbandon;
-    }
-    red_add_relaxed_gpu(&shared_counters->settled, 1);
-    return Turn::kMerge;
-  }
-
-  // Thread 0 of the last to arrive.
-  __device__ __forceinline__ u32 wait_until_settled(const SplitGroup& group) const {
-    u32 settled;
+  // This worker's slice, and what it inherits.
+  __device__ __forceinline__ void merge_group(u32 i, const SplitGroup& group) const {
+    u32 known;
+    Watchdog watchdog;
     do {
-      settled = ld_acquire_gpu(&counters(group)->settled);
-    } while (settled % kAbandoned != u32(group.num_splits - 1));
-    return settled;
+      watchdog.turn();
+      known = standing(i);
+    } while (known == kUnknown);
+    if (known == kAbandons) return;
+    i32 split = block_.worker - group.first_worker, next = 0;
+#pragma unroll 1
+    do {
+      merge_slice(group, split);
+      split = known == kInherits ? next_abandoned(group, next) : group.num_splits;
+      next = split + 1;
+    } while (split < group.num_splits);
   }
 
-  // A split's slice: a stretch of this block's cells.
+  // The first abandoned slice from `split` on, which is then this worker's; the number of splits if there is none.
+  __device__ __forceinline__ i32 next_abandoned(const SplitGroup& group, i32 split) const {
+    barrier_cta_sync(kBarrier, kThreads);
+    if (threadIdx.x == 0) {
+      while (split < group.num_splits && ld_relaxed_gpu(abandoned(group, split)) == 0) ++split;
+      if (split < group.num_splits) st_relaxed_gpu(abandoned(group, split), 0);
+      shared_.next_split = split;
+    }
+    barrier_cta_sync(kBarrier, kThreads);
+    return shared_.next_split;
+  }
+
+  // A split's slice: a stretch of this block's units. Where there are fewer than warps, several share one, each for a
+  // part of the splits.
   __device__ __forceinline__ void merge_slice(const SplitGroup& group, i32 split) const {
     const i32 rows = params_.seq_len_q * params_.heads_per_kv - block_.row_block * i32(Cells::kRows);
-    const i32 units = Cells::row_pairs(max(0, min(rows, i32(Cells::kRows)))) * (Cells::kCellsPerPair / kUnitCells);
-    const i32 begin = split * units / group.num_splits * kUnitCells;
-    const i32 end = (split + 1) * units / group.num_splits * kUnitCells;
-    if (group.num_splits <= 4) {
-      merge_few<4>(group, begin, end);
-    } else if (group.num_splits <= 8) {
-      merge_few<8>(group, begin, end);
-    } else {
-      merge_many(group, begin, end);
-    }
-  }
-
-  // Splits [first, first + kCount) of a cell as far as they lie below `end`; absent ones weigh nothing.
-  template <i32 kCount>
-  struct Loaded {
-    float4 part[kCount];
-    float4 sums[kCount];
-
-    __device__ __forceinline__ void load(const SplitMerge& merge, const SplitGroup& group, i32 first, i32 end,
-                                         i32 cell) {
-      // From one split to the next it is two slots, but for the first, which may be its worker's last item.
-      const u32 blocks = merge.params_.blocks_per_worker, slot_of_first = group.slot(0),
-                slot = 2 * u32(group.first_worker + first);
-      const float4* cells = merge.partial_cells(0) + Cells::memory_index(cell);
-      const float4* pairs = merge.partial_sums(0) + cell / Cells::kCellsPerPair;
-#pragma unroll
-      for (i32 i = 0; i < kCount; ++i) {
-        const u32 index = (first + i == 0 ? slot_of_first : slot + 2 * i) * blocks;
-        const bool exists = first + i < end;
-        part[i] = exists ? __ldcg(cells + u64(index) * Cells::kCells) : float4{};
-        sums[i] = exists ? __ldcg(pairs + u64(index) * Cells::kRowPairs) : float4{-infinity(), -infinity(), 0.f, 0.f};
-      }
-    }
-    __device__ __forceinline__ State state() const {
-      State state = {{}, {}, {sums[0].x, sums[0].y}};
-#pragma unroll
-      for (i32 i = 1; i < kCount; ++i) state.top = {fmaxf(state.top.x, sums[i].x), fmaxf(state.top.y, sums[i].y)};
-      const float2 base = {finite_or_zero(state.top.x), finite_or_zero(state.top.y)};
-#pragma unroll
-      for (i32 i = 0; i < kCount; ++i) {
-        add_scaled(state, {ex2(sums[i].x - base.x), ex2(sums[i].y - base.y)}, part[i], {sums[i].z, sums[i].w});
-      }
-      return state;
-    }
-  };
-
-  // At most kSplits splits: a thread handles several cells at once.
-  template <i32 kSplits>
-  __device__ __forceinline__ void merge_few(const SplitGroup& group, i32 begin, i32 end) const {
-    constexpr i32 kCells = 2 * kInFlight / kSplits;
-#pragma unroll 1
-    for (i32 base = begin + i32(threadIdx.x); base < end; base += i32(kThreads) * kCells) {
-      Loaded<kSplits> loaded[kCells];
-#pragma unroll
-      for (i32 c = 0; c < kCells; ++c) {
-        const i32 cell = base + c * i32(kThreads);
-        loaded[c].load(*this, group, 0, cell < end ? group.num_splits : 0, cell);
-      }
-#pragma unroll
-      for (i32 c = 0; c < kCells; ++c) {
-        const i32 cell = base + c * i32(kThreads);
-        if (cell < end) write(group, cell, loaded[c].state());
-      }
-    }
-  }
-
-  // Many splits: few cells a slice, so that threads share a cell, each for a stretch of the splits ("part").
-  __device__ __forceinline__ void merge_many(const SplitGroup& group, i32 begin, i32 end) const {
-    const i32 count = end - begin, num_splits = group.num_splits;
+    const i32 units = Cells::units(max(0, min(rows, i32(Cells::kRows)))), num_splits = group.num_splits;
+    const i32 begin = i32(i64(split) * units / num_splits), end = i32(i64(split + 1) * units / num_splits);
+    const i32 warp = i32(threadIdx.x / kWarpThreads);
     i32 parts = 1;
-    while (2 * parts * count <= i32(kThreads) && 2 * parts <= num_splits) parts *= 2;
+    while (2 * parts * (end - begin) <= kWarps && 2 * parts <= num_splits) parts *= 2;
     const i32 splits_per_part = (num_splits + parts - 1) / parts;
-    const i32 part = parts > 1 ? i32(threadIdx.x) / max(count, 1) : 0;
-    const i32 first = part * splits_per_part, end_split = part < parts ? min(first + splits_per_part, num_splits) : 0;
+    const i32 first_split = warp % parts * splits_per_part;
 #pragma unroll 1
-    for (i32 cell = begin + i32(threadIdx.x) - part * count; cell < end; cell += i32(kThreads)) {
-      State merged = {{}, {}, {-infinity(), -infinity()}};
-#pragma unroll 1
-      for (i32 split = first; split < end_split; split += kInFlight) {
-        Loaded<kInFlight> loaded;
-        loaded.load(*this, group, split, end_split, cell);
-        merged = joined(merged, loaded.state());
-      }
+    for (i32 unit = begin + warp / parts; unit < end; unit += kWarps / parts) {
+      const State state = sum_of_splits(group, unit, first_split, min(first_split + splits_per_part, num_splits));
       if (parts == 1) {
-        write(group, cell, merged);
+        write(group, unit, state);
       } else {
-        scratch_[threadIdx.x] = merged;
-        break;
+        scratch_[threadIdx.x] = state;
       }
     }
     if (parts == 1) return;
     barrier_cta_sync(kBarrier, kThreads);
-    if (i32(threadIdx.x) < count) {
-      const State* states = scratch_ + threadIdx.x;
-      State merged = {{}, {}, states->top};
-      for (i32 p = 1; p < parts; ++p) {
-        merged.top = {fmaxf(merged.top.x, states[p * count].top.x), fmaxf(merged.top.y, states[p * count].top.y)};
-      }
-      const float2 base = {finite_or_zero(merged.top.x), finite_or_zero(merged.top.y)};
-#pragma unroll 4
-      for (i32 p = 0; p < parts; ++p) {
-        const State& state = states[p * count];
-        add_scaled(merged, {ex2(state.top.x - base.x), ex2(state.top.y - base.y)}, state.sum, state.total);
-      }
-      write(group, begin + i32(threadIdx.x), merged);
-    }
+    const i32 unit = begin + warp / parts;
+    if (warp % parts == 0 && unit < end) write(group, unit, sum_of_parts(parts));
     barrier_cta_sync(kBarrier, kThreads);  // scratch_ is free again
   }
 
-  __device__ __forceinline__ static void add_scaled(State& to, float2 weight, const float4& sum, float2 total) {
-    to.sum.x += weight.x * sum.x;
-    to.sum.y += weight.x * sum.y;
-    to.sum.z += weight.y * sum.z;
-    to.sum.w += weight.y * sum.w;
-    to.total.x += weight.x * total.x;
-    to.total.y += weight.y * total.y;
-  }
-  __device__ __forceinline__ static State joined(const State& a, const State& b) {
-    const float2 top = {fmaxf(a.top.x, b.top.x), fmaxf(a.top.y, b.top.y)};
-    const float2 base = {finite_or_zero(top.x), finite_or_zero(top.y)};
-    State state = {{}, {}, top};
-    add_scaled(state, {ex2(a.top.x - base.x), ex2(a.top.y - base.y)}, a.sum, a.total);
-    add_scaled(state, {ex2(b.top.x - base.x), ex2(b.top.y - base.y)}, b.sum, b.total);
+  // Of splits [begin, end), once their cells are there.
+  __device__ __forceinline__ State sum_of_splits(const SplitGroup& group, i32 unit, i32 begin, i32 end) const {
+    const Cells at(unit);
+    const bool exists = rows_.out_row[at.first_row()] >= 0;
+    const u32 launch = shared_.launch;
+    // From one split to the next it is two slots, but for the first, which may be its worker's last item.
+    const u32 blocks = params_.blocks_per_worker, slot_of_first = u32(group.slot(0) % 2) * blocks;
+    const uint4* const all_lses = partial_lses(2 * group.first_worker) + at.pair();
+    const uint4* const all_cells = partial_cells(2 * group.first_worker) + at.memory_index();
+    State state = {{}, {}, {-infinity(), -infinity()}};
+#pragma unroll 1
+    for (i32 first = begin; first < end; first += kBatch) {
+      const u32 slot = first == 0 ? slot_of_first : 2 * u32(first) * blocks;
+      const uint4* const first_lses = all_lses + u64(slot) * Cells::kRowPairs;
+      const uint4* const first_cells = all_cells + u64(slot) * Cells::kCells;
+      const uint4* const later_lses = all_lses + u64(2 * u32(first) * blocks) * Cells::kRowPairs;
+      const uint4* const later_cells = all_cells + u64(2 * u32(first) * blocks) * Cells::kCells;
+      const i32 count = exists ? end - first : 0;
+      uint4 lses[kBatch], cells[kBatch][kUnitCells];
+      // All at once at first. If something is missing, the few cells of the row pairs are polled: they come last.
+      bool takes_all = true;
+      Watchdog watchdog;
+      while (true) {
+        watchdog.turn();
+#pragma unroll
+        for (i32 i = 0; i < kBatch; ++i) {
+          lses[i] = pack_lse(-infinity(), -infinity(), launch);
+          const uint4* from = i == 0 ? first_lses : later_lses + u64(2 * u32(i) * blocks) * Cells::kRowPairs;
+          if (i < count) lses[i] = ld_relaxed_gpu_16(from);
+        }
+        if (takes_all) {
+#pragma unroll
+          for (i32 i = 0; i < kBatch; ++i) {
+            const uint4* from = i == 0 ? first_cells : later_cells + u64(2 * u32(i) * blocks) * Cells::kCells;
+#pragma unroll
+            for (u32 c = 0; c < kUnitCells; ++c) {
+              cells[i][c] = uint4{0, 0, 0, launch};
+              if (i < count) cells[i][c] = ld_relaxed_gpu_16(from + c * Cells::kCellStride);
+            }
+          }
+        }
+        bool is_there = true;
+#pragma unroll
+        for (i32 i = 0; i < kBatch; ++i) is_there = is_there && lses[i].w == launch;
+        is_there = __all_sync(0xffffffffu, is_there);
+        if (takes_all) {
+          bool has_cells = is_there;
+#pragma unroll
+          for (i32 i = 0; i < kBatch; ++i) {
+#pragma unroll
+            for (u32 c = 0; c < kUnitCells; ++c) has_cells = has_cells && cells[i][c].w == launch;
+          }
+          has_cells = __all_sync(0xffffffffu, has_cells);
+          if (has_cells) break;
+        }
+        takes_all = is_there;
+      }
+      const float2 old_top = state.top;
+      float2 top = {-infinity(), -infinity()};
+#pragma unroll
+      for (i32 i = 0; i < kBatch; ++i) {
+        const float2 lse = unpack_lse(lses[i]);
+        top = {fmaxf(top.x, lse.x), fmaxf(top.y, lse.y)};
+      }
+      const float2 base = state.raise(top);
+      state.scale({ex2(old_top.x - base.x), ex2(old_top.y - base.y)});
+#pragma unroll
+      for (i32 i = 0; i < kBatch; ++i) {
+        const float2 lse = unpack_lse(lses[i]), weight = {ex2(lse.x - base.x), ex2(lse.y - base.y)};
+        state.total = {state.total.x + weight.x, state.total.y + weight.y};
+#pragma unroll
+        for (u32 c = 0; c < kUnitCells; ++c) state.add(c, weight, unpack_cell(cells[i][c]));
+      }
+    }
     return state;
   }
 
-  // One cell of out, and lse once for each row.
-  __device__ __forceinline__ void write(const SplitGroup& group, i32 cell, const State& state) const {
-    const i32 pair = cell / Cells::kCellsPerPair;
-    write_row(group, cell, Cells::first_row(pair), state.sum.x, state.sum.y, state.total.x, state.top.x);
-    write_row(group, cell, Cells::second_row(pair), state.sum.z, state.sum.w, state.total.y, state.top.y);
+  // Of the parts that this warp and those after it have put into the scratch.
+  __device__ __forceinline__ State sum_of_parts(i32 parts) const {
+    State merged = scratch_[threadIdx.x];
+#pragma unroll 1
+    for (i32 part = 1; part < parts; ++part) {
+      const State& other = scratch_[threadIdx.x + u32(part) * kWarpThreads];
+      const float2 old_top = merged.top, other_top = other.top, base = merged.raise(other_top);
+      const float2 weight = {ex2(other_top.x - base.x), ex2(other_top.y - base.y)};
+      merged.scale({ex2(old_top.x - base.x), ex2(old_top.y - base.y)});
+      merged.total = {merged.total.x + weight.x * other.total.x, merged.total.y + weight.y * other.total.y};
+#pragma unroll
+      for (u32 c = 0; c < kUnitCells; ++c) merged.add(c, weight, other.sum[c]);
+    }
+    return merged;
   }
-  __device__ __forceinline__ void write_row(const SplitGroup& group, i32 cell, u32 row, float low, float high,
-                                            float total, float top) const {
-    const i32 out_row = rows_.out_row[row];
-    if (out_row < 0) return;
-    const float inverse = total == 0.f ? 0.f : rcp(total);
+
+  // A unit of out, and lse once for each row.
+  __device__ __forceinline__ void write(const SplitGroup& group, i32 unit, const State& state) const {
+    const Cells at(unit);
     const i64 first_row = i64(group.sequence) * params_.seq_len_q * params_.num_heads;
-    Cells::store(params_.out + (first_row + out_row) * kHeadDimV, cell,
-                 cvt_pack<Element>(low * inverse, high * inverse));
-    if (cell % Cells::kCellsPerPair != 0) return;
-    params_.lse[first_row + rows_.lse_row[row]] = total == 0.f ? -infinity() : (top + log2f(total)) * kLn2;
+    const u32 row[2] = {at.first_row(), at.second_row()};
+    const float total[2] = {state.total.x, state.total.y}, top[2] = {state.top.x, state.top.y};
+    u16* rows[2];
+    float scale[2];
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      const i32 out_row = rows_.out_row[row[i]];
+      rows[i] = out_row < 0 ? nullptr : params_.out + (first_row + out_row) * kHeadDimV;
+      scale[i] = total[i] == 0.f ? 0.f : rcp(total[i]);
+      if (at.has_first_column() && out_row >= 0) {
+        params_.lse[first_row + rows_.lse_row[row[i]]] = total[i] == 0.f ? -infinity() : (top[i] + log2f(total[i])) * kLn2;
+      }
+    }
+    at.template store<Element>(rows, state.sum, scale);
   }
 };

@@ -14,10 +14,10 @@
 //   warpgroup 0       224 registers  even tiles: S, softmax, P; columns   0-255 of O for all tiles
 //   warpgroup 1       224 registers  odd tiles:  S, softmax, P; columns 256-511 of O for all tiles
 //   warp 8             56 registers  TMA loads of K tiles (V is the same bytes)
-//   warps 9-11         56 registers  Q of the next item
+//   warps 9-11         56 registers  Q of the next item; warp 9 is the herald of merge.cuh as well
 //
 // Barriers:
-//   q_full            96 arrivals    Q loaders -> both groups: Q of this item is in place
+//   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
 //   q_empty            8 (warps)     both groups -> Q loaders: last QK^T of the item has read Q
 //   kv_full[s][c]      1 + bytes     TMA -> owner of the tile: chunk c of the tile in stage s has landed
 //   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: it has done O += P V of its half of
@@ -25,7 +25,9 @@
 //   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory
 //   kGroup+g          named, 128     within group g
 //   kSums             named, 256     both groups: row sums of the item exchanged
-//   kMerge            named, 256     both groups: what merges need of each other
+//   kMerge            named, 256     both groups: start-up, at which they load the first item's Q; merges of more than
+//                                    two splits
+//   merge.ready        1             herald -> both groups: who shares the worker's items
 //
 // Schedule of a pair of tiles (a: even, b: odd). Half of O fits one group's registers, so the groups share its columns
 // and each needs the other's P:
@@ -52,6 +54,7 @@
 // for the softmax (next to the other group's WGMMAs it issues at half its rate), then both halves of P V and their
 // hand-over. At s_q=1 the pages come from memory and not from L2, which lengthens the first figure; the prefetch takes
 // most of that back. What was tried without gain stands in the CHANGELOG.
+#include "cells.cuh"
 #include "cluster.cuh"
 #include "epilogue.cuh"
 #include "layout.cuh"
@@ -72,7 +75,7 @@ constexpr u32 kClusterCtas = MLA_CLUSTER_CTAS;  // CTAs (row blocks) that load e
 constexpr u32 kConsumerGroups = 2;
 constexpr u32 kGroupColumns = kHeadDimV / kConsumerGroups;
 constexpr u32 kConsumerThreads = kConsumerGroups * kWarpgroupThreads;
-constexpr u32 kQLoaderThreads = 3 * kWarpThreads;
+constexpr u32 kQLoaderWarps = 3;
 constexpr u32 kThreads = kConsumerThreads + kWarpgroupThreads;
 constexpr u32 kConsumerRegisters = 224;
 constexpr u32 kProducerRegisters = 56;
@@ -349,11 +352,9 @@ struct Consumer {
 
   // Row sums over both groups' tiles; then out and lse, or a partial state when the sequence is split.
   __device__ __forceinline__ void write_item(const Item& item, u32 item_parity, const Merge& merge) {
+    merge.await_groups();
     const bool is_split = merge.is_split(item), is_pair = is_split && merge.is_pair(item);
-    const i32 own_slot = partial_slot(block.worker, item.is_first);
-    const bool exists = shared.rows.out_row[row] >= 0;
     if (is_pair && threadIdx.x == 0) merge.claim(item);
-    if (is_split && !is_pair && exists) write_cells(merge.partial_cells(own_slot));  // while the other group finishes
     float (&sums)[kConsumerGroups][kTileRows] = shared.row_sum[item_parity];
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
@@ -361,80 +362,84 @@ struct Consumer {
       if (lane % 4 == 0) sums[kGroupIndex][row + 8 * i] = group_sum;
     }
     barrier_cta_sync(kSums, kConsumerThreads);
-    const float total[2] = {sums[0][row] + sums[1][row], sums[0][row + 8] + sums[1][row + 8]};
+    float lse[2], scale[2];  // the former in base 2
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      const float total = sums[0][row + 8 * i] + sums[1][row + 8 * i];
+      lse[i] = total == 0.f ? -infinity() : reference.r[i] + log2f(total);
+      scale[i] = total == 0.f ? 0.f : 1.f / total;
+    }
     if (is_split && !(is_pair && merge.is_second(item))) {
-      if (is_pair && exists) write_cells(merge.partial_cells(own_slot));
-      if (kGroupIndex == 0 && lane % 4 == 0 && exists) {
-        merge.partial_sums(own_slot)[HeadsOnM::pair_of(thread)] = {reference.r[0], reference.r[1], total[0], total[1]};
-      }
-      if (is_pair) {
-        barrier_cta_sync(kMerge, kConsumerThreads);
-        if (threadIdx.x == 0) merge.publish(item);
-      }
+      const i32 slot = merge.own_slot(item);
+      write_partial(merge.partial_cells(slot), merge.partial_lses(slot), lse, scale, merge.launch());
     } else if (is_split) {
-      merge.await_other(item);
-      barrier_cta_sync(kMerge, kConsumerThreads);
-      if (threadIdx.x == 0) merge.reset(item);
       const i32 slot = merge.other_slot(item);
-      write_sum(item, merge.partial_cells(slot), merge.partial_sums(slot), total);
+      write_sum(item, merge.partial_cells(slot), merge.partial_lses(slot), lse, scale, merge.launch());
     } else {
 #pragma unroll
       for (u32 i = 0; i < 2; ++i) {
-        const float scale = total[i] == 0.f ? 0.f : 1.f / total[i];
-        store_row_16bit<Element>(out_row(item, i), out, i, scale, shared.rows.out_row[row + 8 * i] >= 0);
-        write_lse(item, i, reference.r[i], total[i]);
+        store_row_16bit<Element>(out_row(item, i), out, i, scale[i], shared.rows.out_row[row + 8 * i] >= 0);
+        write_lse(item, i, lse[i]);
       }
     }
   }
 
-  // The cells (cells.cuh) of this thread, as they are: whoever merges divides by the sums.
-  __device__ __forceinline__ void write_cells(float4* cells) {
+  __device__ __forceinline__ void write_partial(uint4* cells, uint4* lses, const float (&lse)[2], const float (&scale)[2],
+                                                u32 launch) {
+    if (shared.rows.out_row[row] < 0) return;
 #pragma unroll
     for (u32 j = 0; j < kGroupColumns / 8; ++j) {
-      cells[HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + j, thread)] = {out[4 * j], out[4 * j + 1],
-                                                                                    out[4 * j + 2], out[4 * j + 3]};
+      st_global_16(cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + j, thread),
+                        pack_cell(out[4 * j] * scale[0], out[4 * j + 1] * scale[0], out[4 * j + 2] * scale[1],
+                                  out[4 * j + 3] * scale[1], launch));
+    }
+    if (kGroupIndex == 0 && lane % 4 == 0) {
+      st_global_16(lses + HeadsOnM::pair_of(thread), pack_lse(lse[0], lse[1], launch));
     }
   }
 
   // The sum of this state and the other of two splits. It does not go through the accumulators, which would serialise
   // the WGMMAs: what writes them must not stand in a branch.
-  __device__ __forceinline__ void write_sum(const Item& item, const float4* cells, const float4* sums,
-                                            const float (&total)[2]) {
+  __device__ __forceinline__ void write_sum(const Item& item, const uint4* cells, const uint4* lses,
+                                            const float (&lse)[2], const float (&scale)[2], u32 launch) {
     constexpr u32 kInFlight = 8, kWords = 4;
-    const float4 other = __ldcg(sums + HeadsOnM::pair_of(thread));
-    const float other_reference[2] = {other.x, other.y}, other_total[2] = {other.z, other.w};
-    float own_weight[2], other_weight[2];
-#pragma unroll
-    for (u32 i = 0; i < 2; ++i) {
-      const float top = fmaxf(reference.r[i], other_reference[i]);
-      own_weight[i] = ex2(reference.r[i] - finite_or_zero(top));
-      other_weight[i] = ex2(other_reference[i] - finite_or_zero(top));
-      const float sum_of_both = sum_of_products(total[i], own_weight[i], other_total[i], other_weight[i]);
-      write_lse(item, i, top, sum_of_both);
-      const float scale = sum_of_both == 0.f ? 0.f : 1.f / sum_of_both;
-      own_weight[i] *= scale;
-      other_weight[i] *= scale;
-    }
-    u16* rows[2] = {out_row(item, 0) + lane % 4 * 8, out_row(item, 1) + lane % 4 * 8};
     const bool exists[2] = {shared.rows.out_row[row] >= 0, shared.rows.out_row[row + 8] >= 0};
+    uint4 pair;
+    Watchdog watchdog;
+    do {
+      watchdog.turn();
+      pair = ld_relaxed_gpu_16(lses + HeadsOnM::pair_of(thread));
+    } while (!__all_sync(0xffffffffu, pair.w == launch || !exists[0]));
+    const SumOfTwo both[2] = {{lse[0], unpack_lse(pair).x}, {lse[1], unpack_lse(pair).y}};
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) write_lse(item, i, both[i].lse);
+    u16* rows[2] = {out_row(item, 0) + lane % 4 * 8, out_row(item, 1) + lane % 4 * 8};
 #pragma unroll
     for (u32 first = 0; first < kGroupColumns / 8; first += kInFlight) {
-      float4 part[kInFlight];
+      uint4 parts[kInFlight];
+      bool is_there;
+      Watchdog watchdog;
+      do {
+        watchdog.turn();
+        is_there = true;
 #pragma unroll
-      for (u32 j = 0; j < kInFlight; ++j) {
-        part[j] = __ldcg(cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + first + j, thread));
-      }
+        for (u32 j = 0; j < kInFlight; ++j) {
+          parts[j] =
+              ld_relaxed_gpu_16(cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + first + j, thread));
+        }
+#pragma unroll
+        for (u32 j = 0; j < kInFlight; ++j) is_there = is_there && parts[j].w == launch;
+      } while (!__all_sync(0xffffffffu, is_there || !exists[0]));
 #pragma unroll
       for (u32 j = 0; j < kInFlight; j += kWords) {
         u32 words[2][kWords];
 #pragma unroll
         for (u32 k = 0; k < kWords; ++k) {
-          const float4& from = part[j + k];
+          const float4 from = unpack_cell(parts[j + k]);
           const u32 at = 4 * (first + j + k);
-          words[0][k] = cvt_pack<Element>(sum_of_products(out[at], own_weight[0], from.x, other_weight[0]),
-                                          sum_of_products(out[at + 1], own_weight[0], from.y, other_weight[0]));
-          words[1][k] = cvt_pack<Element>(sum_of_products(out[at + 2], own_weight[1], from.z, other_weight[1]),
-                                          sum_of_products(out[at + 3], own_weight[1], from.w, other_weight[1]));
+          words[0][k] = cvt_pack<Element>(both[0].of(out[at] * scale[0], from.x), both[0].of(out[at + 1] * scale[0], from.y));
+          words[1][k] =
+              cvt_pack<Element>(both[1].of(out[at + 2] * scale[1], from.z), both[1].of(out[at + 3] * scale[1], from.w));
         }
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
@@ -453,10 +458,10 @@ struct Consumer {
     return params.out + (first_row + shared.rows.out_row[row + 8 * i]) * kHeadDimV + kGroupIndex * kGroupColumns;
   }
 
-  __device__ __forceinline__ void write_lse(const Item& item, u32 i, float top, float total) const {
+  __device__ __forceinline__ void write_lse(const Item& item, u32 i, float lse) const {
     if (kGroupIndex != 0 || lane % 4 != 0 || shared.rows.out_row[row + 8 * i] < 0) return;
     const i64 first_row = i64(item.sequence) * params.seq_len_q * params.num_heads;
-    params.lse[first_row + shared.rows.lse_row[row + 8 * i]] = total == 0.f ? -infinity() : (top + log2f(total)) * kLn2;
+    params.lse[first_row + shared.rows.lse_row[row + 8 * i]] = lse * kLn2;
   }
 };
 
@@ -471,7 +476,7 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
     group.sum = {0.f, 0.f};
 #pragma unroll
     for (u32 i = 0; i < kGroupColumns / 2; ++i) group.out[i] = 0.f;
-    wait_phase(shared_address(&shared.q_full), num_items % 2);
+    wait_phase(shared_address(&shared.q_full), (num_items - 1) % 2);  // passes at the first item
     if (item.num_tiles() == 0) {
       group.release_q();
     } else {
@@ -494,10 +499,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   SharedPlan& shared = *reinterpret_cast<SharedPlan*>(dynamic_shared);
   const Block block = {i32(blockIdx.z), i32(blockIdx.y), i32(blockIdx.x)};
+  // The stages serve as scratch once nothing is loaded into them any more.
+  const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
 
   if (threadIdx.x == 0) {
     prefetch_tensormap(&kv_map);
-    mbarrier_init(shared_address(&shared.q_full), kQLoaderThreads);
+    mbarrier_init(shared_address(&shared.q_full), kQLoaderWarps * kWarpThreads);
     mbarrier_init(shared_address(&shared.q_empty), kConsumerThreads / kWarpThreads);
     for (u32 stage = 0; stage < kStages; ++stage) {
       for (u32 chunk = 0; chunk < kChunks; ++chunk) mbarrier_init(shared_address(&shared.kv_full[stage][chunk]), 1);
@@ -505,6 +512,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
         mbarrier_init(shared_address(&shared.kv_empty[stage][half]), kClusterCtas * kWarpgroupThreads / kWarpThreads);
       }
     }
+    merge.init();
     fence_mbarrier_init();
   }
   enter_cluster<kClusterCtas>();
@@ -513,21 +521,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
 
   if (threadIdx.x >= kConsumerThreads) {
     setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x < kConsumerThreads + kWarpThreads) {
+    const u32 warp = (threadIdx.x - kConsumerThreads) / kWarpThreads;
+    if (warp == 0) {
       load_kv<kClusterCtas>(shared.kv, shared.kv_full, shared.kv_empty, &kv_map, params, block);
     } else {
-      load_q<kQLoaderThreads / kWarpThreads>(shared.q, shared.q_full, shared.q_empty, params, block,
-                                             (threadIdx.x - kConsumerThreads) / kWarpThreads - 1);
+      if (warp == 1) merge.announce();
+      load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, warp - 1);
     }
     __syncwarp();
     leave_cluster<kClusterCtas>();
+    if (warp == 1) merge.watch();
+    __syncwarp();
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
-    // The stages serve as scratch once nothing is loaded into them any more.
-    const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
     WorkerItems items(params, block.worker);
-    merge.load_groups(items);
     if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
+    constexpr u32 kWarps = kConsumerThreads / kWarpThreads;
+    if (items.has_items()) {
+      QueryRows<kWarps, kChunks, kTileRows * kChunkColumns>(shared.q, params, block, threadIdx.x / kWarpThreads)
+          .load(items.first_sequence());
+    }
     barrier_cta_sync(kMerge, kConsumerThreads);
     // The shuffle tells the compiler that warps do not diverge here; without it, it serialises the WGMMAs.
     if (__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) == 0) {

@@ -14,17 +14,19 @@
 //   warpgroup 0   224 registers  even tiles of an item, all of O; then the sum of both groups' states
 //   warpgroup 1   224 registers  odd tiles of an item, all of O
 //   warp 8         56 registers  TMA loads of K tiles (V is the same bytes)
-//   warps 9-11     56 registers  Q of the next item
+//   warps 9-11     56 registers  Q of the next item; warp 9 is the herald of merge.cuh as well
 //
 // Barriers:
-//   q_full            96 arrivals    Q loaders -> both groups: Q of this item is in place
+//   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
 //   q_empty            8 (warps)     both groups -> Q loaders: the group's last K Q^T of the item has read Q
 //   kv_full[s][c]      1 + bytes     TMA -> owner of the tile: chunk c of the tile in stage s has landed
 //   kv_empty[s][0]     4 (warps)     owner of the tile in every CTA of the cluster -> TMA: O += V^T P has read stage s
 //                      a CTA
 //   kGroup+g          named, 128     within group g: maxima, P and row sums exchanged
 //   kStates           named, 256     group 1 -> group 0: its state of the item is in shared memory
-//   kMerge            named, 256     both groups: start-up, merges of more than two splits
+//   kMerge            named, 256     both groups: start-up, at which they load the first item's Q; merges of more than
+//                                    two splits
+//   merge.ready        1             herald -> both groups: who shares the worker's items
 //
 // Schedule of a tile (each group for itself; the two take turns at the matrix units):
 //   1  S^T = K Q^T, chunk by chunk as they land
@@ -68,7 +70,7 @@ constexpr u32 kRowChunkBytes = kTileRows * kChunkRowBytes;  // 64 columns of all
 constexpr u32 kRowGroups = kTileRows / 8;
 constexpr u32 kAccumulators = kTileRows / 2;                // a thread's share of 64 x kTileRows
 constexpr u32 kThreadRows = kTileRows / 4;                  // query rows that a thread holds scores of
-constexpr u32 kExchangeChunks = 128 / kTileRows;            // chunks of O that fit the exchange at once
+constexpr u32 kExchangeChunks = kTileRows == 32 ? 2 : 8;            // chunks of O that fit the exchange at once
 constexpr u32 kOutPitchBytes = kHeadDimV * 2 + kCellBytes;  // of a row of `exchange.out`: 8 rows hit different banks
 
 static_assert(kTileRows == 16 || kTileRows == 32, "O fits one group's registers");
@@ -356,65 +358,107 @@ struct Consumer {
     }
   }
 
-  // Group 0, with the state of the whole item.
-  __device__ __forceinline__ void write_partial(float4* cells, float4* sums) {
+  // Group 0, with the state of the whole item, from here on. Log-sum-exp of row i of the thread in base 2, and what O is
+  // to be multiplied by.
+  __device__ __forceinline__ float lse(u32 i) const { return sum[i] == 0.f ? -infinity() : reference[i] + log2f(sum[i]); }
+  __device__ __forceinline__ float scale(u32 i) const { return sum[i] == 0.f ? 0.f : 1.f / sum[i]; }
+
+  __device__ __forceinline__ void write_partial(uint4* cells, uint4* lses, u32 launch) const {
 #pragma unroll
-    for (u32 chunk = 0; chunk < kLatentChunks; ++chunk) {
+    for (u32 j = 0; j < kRowGroups; ++j) {
+      if (shared.rows.out_row[row_of(2 * j)] < 0) break;
+      const float scales[2] = {scale(2 * j), scale(2 * j + 1)};
 #pragma unroll
-      for (u32 j = 0; j < kRowGroups; ++j) {
+      for (u32 chunk = 0; chunk < kLatentChunks; ++chunk) {
         const float (&from)[kAccumulators] = out[chunk];
-        cells[Cells::memory_index(chunk, j, thread)] = {from[4 * j], from[4 * j + 2], from[4 * j + 1], from[4 * j + 3]};
+        st_global_16(cells + Cells::memory_index(chunk, j, thread),
+                          pack_cell(from[4 * j] * scales[0], from[4 * j + 2] * scales[0], from[4 * j + 1] * scales[1],
+                                    from[4 * j + 3] * scales[1], launch));
       }
-    }
-    if (warp == 0 && lane < 4) {
-#pragma unroll
-      for (u32 j = 0; j < kRowGroups; ++j) {
-        sums[4 * j + lane] = {reference[2 * j], reference[2 * j + 1], sum[2 * j], sum[2 * j + 1]};
-      }
+      if (warp == 0 && lane < 4) st_global_16(lses + 4 * j + lane, pack_lse(lse(2 * j), lse(2 * j + 1), launch));
     }
   }
 
   // The result of the item: of this state, or of its sum with the other of two splits if `cells` is not null.
-  __device__ __forceinline__ void write_final(const Item& item, const float4* cells, const float4* sums) {
+  __device__ __forceinline__ void write_final(const Item& item, const uint4* cells, const uint4* lses, u32 launch) {
+    constexpr u32 kInFlight = kTileRows == 16 ? 4 : 2;  // chunks of the other state, of two row groups
     const i64 first_row = i64(item.sequence) * params.seq_len_q * params.num_heads;
-    float own_weight[kThreadRows], other_weight[kThreadRows];
-#pragma unroll
-    for (u32 i = 0; i < kThreadRows; ++i) {
-      const u32 row = row_of(i);
-      const float4 other = cells ? __ldcg(sums + row / 2) : float4{-infinity(), -infinity(), 0.f, 0.f};
-      const float other_reference = i % 2 == 0 ? other.x : other.y, other_sum = i % 2 == 0 ? other.z : other.w;
-      const float top = fmaxf(reference[i], other_reference);
-      own_weight[i] = ex2(reference[i] - finite_or_zero(top));
-      other_weight[i] = ex2(other_reference - finite_or_zero(top));
-      const float total = sum_of_products(sum[i], own_weight[i], other_sum, other_weight[i]);
-      const float scale = total == 0.f ? 0.f : 1.f / total;
-      own_weight[i] *= scale;
-      other_weight[i] *= scale;
-      if (warp == 0 && lane < 4 && shared.rows.out_row[row] >= 0) {
-        params.lse[first_row + shared.rows.lse_row[row]] = total == 0.f ? -infinity() : (top + log2f(total)) * kLn2;
-      }
-    }
     const u32 staged = shared_address(shared.exchange.out);
 #pragma unroll
-    for (u32 chunk = 0; chunk < kLatentChunks; ++chunk) {
+    for (u32 j = 0; j < kRowGroups; j += 2) {
+      const bool exists[2] = {shared.rows.out_row[row_of(2 * j)] >= 0, shared.rows.out_row[row_of(2 * j + 2)] >= 0};
+      uint4 pairs[2] = {pack_lse(-infinity(), -infinity(), launch), pack_lse(-infinity(), -infinity(), launch)};
+      if (cells) {
+        Watchdog watchdog;
+        do {
+          watchdog.turn();
 #pragma unroll
-      for (u32 j = 0; j < kRowGroups; j += 2) {
-        u32 packed[4];
-#pragma unroll
-        for (u32 k = 0; k < 2; ++k) {
-          const float4 part = cells ? __ldcg(cells + Cells::memory_index(chunk, j + k, thread)) : float4{};
-          const float from[4] = {part.x, part.z, part.y, part.w};  // in the order of accumulators
-          float value[4];
-#pragma unroll
-          for (u32 e = 0; e < 4; ++e) {
-            const u32 i = 2 * (j + k) + e % 2;
-            value[e] = sum_of_products(out[chunk][4 * (j + k) + e], own_weight[i], from[e], other_weight[i]);
+          for (u32 k = 0; k < 2; ++k) {
+            if (exists[k]) pairs[k] = ld_relaxed_gpu_16(lses + 4 * (j + k) + lane % 4);
           }
-          packed[2 * k] = cvt_pack<Element>(value[0], value[1]);
-          packed[2 * k + 1] = cvt_pack<Element>(value[2], value[3]);
+        } while (!__all_sync(0xffffffffu, pairs[0].w == launch && pairs[1].w == launch));
+      }
+      float scales[4], own_weight[4], other_weight[4];
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) {
+        const float2 other = unpack_lse(pairs[i / 2]);
+        const float own_lse = lse(2 * j + i);
+        const SumOfTwo both(own_lse, i % 2 == 0 ? other.x : other.y);
+        scales[i] = scale(2 * j + i);
+        own_weight[i] = both.own_weight;
+        other_weight[i] = both.other_weight;
+        const u32 row = row_of(2 * j + i);
+        if (warp == 0 && lane < 4 && shared.rows.out_row[row] >= 0) {
+          params.lse[first_row + shared.rows.lse_row[row]] = (cells ? both.lse : own_lse) * kLn2;
         }
-        const u32 row = 8 * j + lane / 16 * 8 + lane % 8, column = chunk * kChunkColumns + warp * 16 + lane / 8 % 2 * 8;
-        stmatrix_x4_trans(staged + row * kOutPitchBytes + column * 2, packed[0], packed[1], packed[2], packed[3]);
+      }
+#pragma unroll
+      for (u32 first = 0; first < kLatentChunks; first += kInFlight) {
+        uint4 parts[kInFlight][2];
+        if (cells) {
+          bool is_there;
+          Watchdog watchdog;
+          do {
+            watchdog.turn();
+            is_there = true;
+#pragma unroll
+            for (u32 c = 0; c < kInFlight; ++c) {
+#pragma unroll
+              for (u32 k = 0; k < 2; ++k) {
+                parts[c][k] = ld_relaxed_gpu_16(cells + Cells::memory_index(first + c, j + k, thread));
+              }
+            }
+#pragma unroll
+            for (u32 c = 0; c < kInFlight; ++c) {
+#pragma unroll
+              for (u32 k = 0; k < 2; ++k) is_there = is_there && (parts[c][k].w == launch || !exists[k]);
+            }
+          } while (!__all_sync(0xffffffffu, is_there));
+        }
+#pragma unroll
+        for (u32 c = 0; c < kInFlight; ++c) {
+          const u32 chunk = first + c;
+          u32 packed[4];
+#pragma unroll
+          for (u32 k = 0; k < 2; ++k) {
+            float value[4];
+#pragma unroll
+            for (u32 e = 0; e < 4; ++e) value[e] = out[chunk][4 * (j + k) + e] * scales[2 * k + e % 2];
+            if (cells) {
+              const float4 part = unpack_cell(parts[c][k]);
+              const float from[4] = {part.x, part.z, part.y, part.w};  // in the order of accumulators
+#pragma unroll
+              for (u32 e = 0; e < 4; ++e) {
+                const u32 i = 2 * k + e % 2;
+                value[e] = sum_of_products(without_last_bits(value[e]), own_weight[i], from[e], other_weight[i]);
+              }
+            }
+            packed[2 * k] = cvt_pack<Element>(value[0], value[1]);
+            packed[2 * k + 1] = cvt_pack<Element>(value[2], value[3]);
+          }
+          const u32 row = 8 * j + lane / 16 * 8 + lane % 8, column = chunk * kChunkColumns + warp * 16 + lane / 8 % 2 * 8;
+          stmatrix_x4_trans(staged + row * kOutPitchBytes + column * 2, packed[0], packed[1], packed[2], packed[3]);
+        }
       }
     }
     bar_sync(kGroup + group, kWarpgroupThreads);
@@ -449,36 +493,26 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
         for (u32 i = 0; i < kAccumulators; ++i) group.out[chunk][i] = 0.f;
       }
     }
-    wait_phase(shared_address(&shared.q_full), num_items++ % 2);
+    wait_phase(shared_address(&shared.q_full), (num_items - 1) % 2);  // passes at the first item
+    ++num_items;
     group.attend(tiles);
     tiles_before += u32(tiles.count);
     if (tiles.count > i32(group_index)) group.finish_sums();
     if (tiles.count > 1) group.join_groups();
     if (group_index != 0) continue;
+    merge.await_groups();
     const bool is_split = merge.is_split(item), is_pair = is_split && merge.is_pair(item);
     if (is_pair) {
       if (threadIdx.x == 0) merge.claim(item);
       bar_sync(kGroup, kWarpgroupThreads);
     }
     if (is_split && !(is_pair && merge.is_second(item))) {
-      const i32 slot = partial_slot(block.worker, item.is_first);
-      group.write_partial(merge.partial_cells(slot), merge.partial_sums(slot));
-      if (is_pair) {
-        bar_sync(kGroup, kWarpgroupThreads);
-        if (threadIdx.x == 0) merge.publish(item);
-      }
+      const i32 slot = merge.own_slot(item);
+      group.write_partial(merge.partial_cells(slot), merge.partial_lses(slot), merge.launch());
       continue;
     }
-    const float4 *other_cells = nullptr, *other_sums = nullptr;
-    if (is_split) {
-      merge.await_other(item);
-      bar_sync(kGroup, kWarpgroupThreads);
-      if (threadIdx.x == 0) merge.reset(item);
-      const i32 slot = merge.other_slot(item);
-      other_cells = merge.partial_cells(slot);
-      other_sums = merge.partial_sums(slot);
-    }
-    group.write_final(item, other_cells, other_sums);
+    const i32 slot = is_split ? merge.other_slot(item) : 0;
+    group.write_final(item, is_split ? merge.partial_cells(slot) : nullptr, merge.partial_lses(slot), merge.launch());
   }
 }
 
@@ -489,6 +523,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
   extern __shared__ __align__(1024) unsigned char dynamic_shared[];
   SharedPlan& shared = *reinterpret_cast<SharedPlan*>(dynamic_shared);
   const Block block = {i32(blockIdx.z), i32(blockIdx.y), i32(blockIdx.x)};
+  // The stages serve as scratch once nothing is loaded into them any more.
+  const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
 
   if (threadIdx.x == 0) {
     prefetch_tensormap(&kv_map);
@@ -498,6 +534,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
       for (u32 chunk = 0; chunk < kChunks; ++chunk) mbarrier_init(shared_address(&shared.kv_full[stage][chunk]), 1);
       mbarrier_init(shared_address(&shared.kv_empty[stage][0]), kClusterCtas * kGroupWarps);
     }
+    merge.init();
     fence_mbarrier_init();
   }
   enter_cluster<kClusterCtas>();
@@ -510,17 +547,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     if (warp == 0) {
       load_kv<kClusterCtas>(shared.kv, shared.kv_full, shared.kv_empty, &kv_map, params, block);
     } else {
-      load_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, warp - 1);
+      if (warp == 1) merge.announce();
+      load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, warp - 1);
     }
     __syncwarp();
     leave_cluster<kClusterCtas>();
+    if (warp == 1) merge.watch();
+    __syncwarp();
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
-    // The stages serve as scratch once nothing is loaded into them any more.
-    const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
     WorkerItems items(params, block.worker);
-    merge.load_groups(items);
     if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
+    constexpr u32 kWarps = kConsumerThreads / kWarpThreads;
+    if (items.has_items()) {
+      QueryRows<kWarps, kChunks, kTileRows * kChunkColumns>(shared.q, params, block, threadIdx.x / kWarpThreads)
+          .load(items.first_sequence());
+    }
     barrier_cta_sync(kMerge, kConsumerThreads);
     consume(shared, params, block, items, merge, __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0));
     leave_cluster<kClusterCtas>();

@@ -11,10 +11,11 @@ struct DecodeParams {
   const i32* splits;          // [batch, 2]: first worker and number of splits
   u16* out;                   // [batch, seq_len_q, num_heads, head_dim_v]
   float* lse;                 // [batch, num_heads, seq_len_q], natural logarithm
-  float* partial_out;         // [2 * num_workers, num_kv_heads, row_blocks, tile_rows * head_dim_v]: cells (cells.cuh)
-  float* partial_sums;        // [2 * num_workers, num_kv_heads, row_blocks, row pairs, 4]: references, row sums (merge.cuh)
-  u32* merge_counters;        // [num_workers, num_kv_heads, row_blocks, 2], by the first worker of a sequence
+  u32* partial_out;           // [2 * num_workers, num_kv_heads, row_blocks, tile_rows * head_dim_v]: cells (cells.cuh)
+  u32* partial_lse;           // [2 * num_workers, num_kv_heads, row_blocks, row pairs, 4], likewise
+  u32* merge_counters;        // [num_workers, num_kv_heads, row_blocks], by the first worker of a sequence (merge.cuh)
   u32* merge_abandoned;       // [2 * num_workers, num_kv_heads, row_blocks]
+  u32* launches;              // [2]: LaunchCounters
   i64 q_stride_batch;
   i64 q_stride_seq;
   i64 q_stride_head;

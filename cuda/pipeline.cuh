@@ -17,17 +17,24 @@ struct RingPosition {
   }
 };
 
-// Spins until the barrier has completed the phase of this parity. In debug builds ("-DMLA_WATCHDOG" added to
-// mlacore.jit.FLAGS) a hang becomes a trap.
-__device__ __forceinline__ void wait_phase(u32 barrier, u32 parity) {
+// Counts the turns of a loop that waits. In debug builds ("-DMLA_WATCHDOG" added to mlacore.jit.FLAGS) a hang becomes a
+// trap.
+class Watchdog {
+ public:
+  __device__ __forceinline__ void turn() {
 #ifdef MLA_WATCHDOG
-  for (u32 spins = 0; !mbarrier_try_wait_parity(barrier, parity); ++spins) {
-    if (spins > 20000000u) trap();
-  }
-#else
-  while (!mbarrier_try_wait_parity(barrier, parity)) {
-  }
+    if (++turns_ > 20000000u) trap();
 #endif
+  }
+
+ private:
+  u32 turns_ = 0;
+};
+
+// Spins until the barrier has completed the phase of this parity.
+__device__ __forceinline__ void wait_phase(u32 barrier, u32 parity) {
+  Watchdog watchdog;
+  while (!mbarrier_try_wait_parity(barrier, parity)) watchdog.turn();
 }
 
 // P is zero for tokens past the end, but 0 * NaN is not: `kThreads` threads clear those rows of kChunks chunks of V from

@@ -141,9 +141,10 @@ _DECODE_ADDRESSES = (
     "out",
     "lse",
     "partial_out",
-    "partial_sums",
+    "partial_lse",
     "merge_counters",
     "merge_abandoned",
+    "launches",
 )
 
 
@@ -300,8 +301,9 @@ class DecodeLaunch:
             out.data.ptr,
             lse.data.ptr,
             plan.partial_out.data.ptr,
-            plan.partial_sums.data.ptr,
+            plan.partial_lse.data.ptr,
             plan.merge_counters.data.ptr,
             plan.merge_abandoned.data.ptr,
+            plan.launches.data.ptr,
         )
         self._launch(stream.ptr, addresses, pool_map.address)

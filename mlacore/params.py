@@ -28,7 +28,7 @@ WARP_THREADS = 32
 DECODE_THREADS = 384  # two consumer warpgroups and one of producers
 DECODE_SHARED_BYTES = 232448  # all that an SM90 block may have
 CLUSTER_CTAS = (1, 2)  # row blocks that share every tile they load
-SWAPPED_VARIANTS = ((16, 1), (32, 1), (16, 4), (16, 8), (32, 2), (32, 4))  # query rows of a CTA, CTAs of a cluster
+SWAPPED_VARIANTS = ((16, 1), (32, 1), (16, 2), (32, 2))  # query rows of a CTA, CTAs of a cluster
 MERGE_PATIENCE_CYCLES = 1 << 17  # 70 µs: longer than balanced workers differ, short if the others cannot run
 PLAN_THREADS = 512
 WRITE_ROWS = 4  # tokens, one warp each, of a block that writes cache rows
@@ -54,9 +54,10 @@ DECODE_PARAMS = _struct(
     ("out", _POINTER),
     ("lse", _POINTER),
     ("partial_out", _POINTER),
-    ("partial_sums", _POINTER),
+    ("partial_lse", _POINTER),
     ("merge_counters", _POINTER),
     ("merge_abandoned", _POINTER),
+    ("launches", _POINTER),
     ("q_stride_batch", _I64),
     ("q_stride_seq", _I64),
     ("q_stride_head", _I64),

@@ -54,15 +54,18 @@ class DecodePlan:
         Most splits of a sequence, if the plan is batch-invariant; 0 for others.
     kernel : KernelShape or None
         The GPU kernel (`mlacore.dispatch`); None for NumPy.
-    partial_out : float32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows * 512]`` or None
+    partial_out : uint32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows * 512]`` or None
         Outputs of the splits of shared sequences, on a GPU: slot ``2 * w`` is worker ``w``'s first item, ``2 * w + 1``
-        its last one if that is another. Not divided by the sums, in the order of the kernel's registers.
-    partial_sums : float32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows // 2, 4]`` or None
-        Softmax references and row sums of each two rows.
-    merge_counters : uint32 ``[num_workers, num_kv_heads, row_blocks, 2]`` or None
-        Arrivals of a sequence's splits, by its first worker; zero between calls.
+        its last one if that is another. In the order of the kernel's registers, each four values packed with the number
+        of the launch that wrote them.
+    partial_lse : uint32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows // 2, 4]`` or None
+        Their log-sum-exp in base 2, of each two rows, packed likewise.
+    merge_counters : uint32 ``[num_workers, num_kv_heads, row_blocks]`` or None
+        Splits of a sequence that have started, by its first worker; zero between calls.
     merge_abandoned : uint32 ``[2 * num_workers, num_kv_heads, row_blocks]`` or None
         Slots whose worker did not wait to merge; zero between calls.
+    launches : uint32 ``[2]`` or None
+        CTAs of the launch under way that have started, zero between calls; calls made with this plan.
     planned_seqlens : int32 ``[batch]`` or None
         The lengths last planned for: the caller's own array, which may have moved on. Only `describe` and `plot` look.
     """
@@ -79,9 +82,10 @@ class DecodePlan:
     max_splits: int = 0
     kernel: KernelShape | None = None
     partial_out: Any = None
-    partial_sums: Any = None
+    partial_lse: Any = None
     merge_counters: Any = None
     merge_abandoned: Any = None
+    launches: Any = None
     planned_seqlens: Any = None
 
     @marked("DecodePlan.update")
@@ -281,10 +285,12 @@ def plan_decode(
             splits=cupy.empty((batch, 2), cupy.int32),
             max_splits=max_splits,
             kernel=kernel,
-            partial_out=cupy.empty((*slots, kernel.tile_rows * HEAD_DIM_V), cupy.float32),
-            partial_sums=cupy.empty((*slots, kernel.tile_rows // 2, 4), cupy.float32),
-            merge_counters=cupy.zeros((num_workers, *slots[1:], 2), cupy.uint32),
+            # Zeros: no launch has that number. What other launches left may stand in them later.
+            partial_out=cupy.zeros((*slots, kernel.tile_rows * HEAD_DIM_V), cupy.uint32),
+            partial_lse=cupy.zeros((*slots, kernel.tile_rows // 2, 4), cupy.uint32),
+            merge_counters=cupy.zeros((num_workers, *slots[1:]), cupy.uint32),
             merge_abandoned=cupy.zeros(slots, cupy.uint32),
+            launches=cupy.zeros(2, cupy.uint32),
             planned_seqlens=lengths,
         )
     driver.launch_plan(lengths, plan.work, plan.splits, max_splits, stream)
