@@ -415,7 +415,7 @@ def test_error_does_not_grow_with_the_length(length, num_heads, cupy):
 def test_other_gpus_are_named(cupy, monkeypatch):
     monkeypatch.setattr(driver, "compute_capability", lambda device: (8, 0))
     driver._function.cache_clear()
-    driver._plan_launch.cache_clear()
+    driver.prepare_plan.cache_clear()
     inputs = make_inputs(TINY[0], cupy)
     with pytest.raises(RuntimeError, match=r"need a Hopper GPU .* is NVIDIA .* with 8\.0"):
         mla_decode(*inputs)

@@ -464,7 +464,7 @@ def test_cache_write_reaches_the_driver(fake: FakeDriver) -> None:
         "rope_interleaved": 1,
         "norm_eps": np.float32(1e-6),
     }
-    assert cache_kernels._write_launch.cache_info().misses == 2
+    assert cache_kernels.prepare_write.cache_info().misses == 2
 
 
 # --- contexts, threads, failures -------------------------------------------------------------------------------------
