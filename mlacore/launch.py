@@ -128,6 +128,36 @@ class Launch:
         self._frames.append(frame)
 
 
+class Zeroing:
+    """A stretch of one device's memory set to zero, with everything fixed but stream and address.
+
+    Parameters
+    ----------
+    device : int
+        CUDA ordinal.
+    size_bytes : int
+        Length of the stretch.
+    """
+
+    def __init__(self, device: int, size_bytes: int) -> None:
+        self._device = device
+        self._current_device = libcuda.keeping_gil().cuCtxGetDevice
+        self._memset = libcuda.required().cuMemsetD8Async  # lets go of the GIL, as a launch does
+        self._size_bytes = ctypes.c_size_t(size_bytes)
+
+    def __call__(self, stream: int, address: int) -> None:
+        """Zero the stretch that begins at `address`, on the stream with that handle."""
+        current = ctypes.c_int()
+        arguments = ctypes.c_uint64(address), 0, self._size_bytes, ctypes.c_void_p(stream)
+        if self._current_device(ctypes.byref(current)) == 0 and current.value == self._device:
+            status = self._memset(*arguments)
+        else:
+            with libcuda.primary_context(self._device):
+                status = self._memset(*arguments)
+        if status:
+            libcuda.check(status, "zeroing memory")
+
+
 def make_record(fields: np.dtype, values: dict[str, Any], addresses: Sequence[str]) -> np.ndarray:
     """A kernel's parameter struct with `values` for all fields but `addresses`, which every launch gives."""
     assert fields.names is not None
