@@ -59,7 +59,7 @@ table: $(DEV_READY) ## rewrite the README's tables and the plots from bench/resu
 	$(PY) -m bench.table
 
 docs: $(DEV_READY) ## the API reference, from the docstrings, as static HTML in build/docs
-	MLACORE_COMPILE=lazy $(PY) -m pdoc --docformat numpy --no-show-source --output-directory $(DOCS) mlacore mlacore.flash_mla
+	MLACORE_COMPILE=lazy $(PY) -m pdoc --docformat numpy --no-show-source --output-directory $(DOCS) mlacore mlacore.flash_mla mlacore.jax
 
 lint: $(DEV_READY) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -228,10 +228,12 @@ def run(
             continue
         say(f"  {case.id}: {rows[-1]['mlacore']['us']:.1f} µs, floor {rows[-1]['floor_us']:.1f} µs")
     host_rows: list[dict[str, Any]] = []
+    routes: list[dict[str, Any]] = []
     if with_host:
         try:
             with watch.phase("host"):
                 host_rows = host.measure(stream)
+                routes = host.routes(stream, peers.torch)
         except Exception as error:
             failures.append(f"host: {type(error).__name__}: {error}")
             print(f"  FAILED {failures[-1]}", flush=True)
@@ -247,6 +249,7 @@ def run(
         "peers_missing": peers.missing,
         "rows": rows,
         "host": host_rows,
+        "routes": routes,
     }
     return result, failures
 

@@ -63,6 +63,8 @@ def versions(torch: Any) -> dict[str, str]:
     found = {"mlacore": mlacore.__version__, "python": platform.python_version()}
     found |= {name: importlib.metadata.version(name) for name in ("numpy", "ml_dtypes")}
     found |= {"cupy": env.cupy.version or "", "nvrtc": env.nvrtc.version or ""}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["jax"] = importlib.metadata.version("jax")
     return found | ({"torch": torch.__version__} if torch else {})
 
 

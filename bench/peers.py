@@ -118,7 +118,7 @@ class Peers:
         folder = folder or Path(os.environ.get("MLACORE_PEERS", ".peers"))
         with ThreadPoolExecutor() as threads:  # unpacking takes as long as importing torch: both at once
             paths = {kind: threads.submit(_find, folder, kind.library) for kind in (FlashMla, FlashAttention3)}
-            self.torch, why = _import_torch()
+            self.torch, why = import_torch()
         for kind, found in paths.items():
             if self.torch is None:
                 self.missing[kind.name] = why
@@ -168,7 +168,8 @@ class Peers:
         return cupy.from_dlpack(result[0])
 
 
-def _import_torch() -> tuple[Any, str]:
+def import_torch() -> tuple[Any, str]:
+    """torch, where it is installed and sees the GPU, else None and why not."""
     try:
         torch = importlib.import_module("torch")
     except ImportError:

@@ -91,6 +91,11 @@ def host_lines(rows: Sequence[Row]) -> Lines:
     return [titles, *([str(row["num_heads"]), str(row["batch"]), *(f"{row[n]:.1f}" for n in names)] for row in rows)]
 
 
+def route_lines(rows: Sequence[Row]) -> Lines:
+    """What `bench.host` measured of each way to make one call, in µs."""
+    return [["one call", "host"], *([row["route"], f"{row['us']:.1f}"] for row in rows)]
+
+
 def headline_lines(results: Sequence[Result]) -> Lines:
     """A few cases, every GPU side by side."""
     found = [{_key(row): row for row in result["rows"]} for result in results]
@@ -133,6 +138,7 @@ def plain(result: Result) -> str:
     """Everything in one result, for a terminal."""
     parts = [full_lines(result)] + ([summary_lines(result)] if result["rows"] else [])
     parts += [host_lines(result["host"])] if result.get("host") else []
+    parts += [route_lines(result["routes"])] if result.get("routes") else []
     return "\n\n".join(map(align, parts))
 
 
@@ -184,6 +190,8 @@ def full(result: Result, plot: Path | None) -> list[str]:
         parts.append(markdown(summary_lines(result), num_words=1))
     if result.get("host"):
         parts += ["Beside the kernel, µs:", markdown(host_lines(result["host"]), num_words=0)]
+    if result.get("routes"):
+        parts += ["One call by each route, µs:", markdown(route_lines(result["routes"]), num_words=1)]
     parts += [f"<details><summary>Every case on {name}</summary>", markdown(full_lines(result))]
     if plot is not None:
         parts.append(f"![Share of floor on {name}, case by case]({plot.as_posix()})")

@@ -105,7 +105,7 @@ def launch_write(layer: Any, where: Any, ckv: Any, kpe: Any, transform: RowTrans
     if len(ckv) == 0:
         return
     weight, cos, sin = transform.norm_weight, transform.rope_cos, transform.rope_sin
-    launch = _write_launch(
+    launch = prepare_write(
         layer.data.device_id,
         layer.dtype,
         layer.shape[:2],
@@ -130,7 +130,7 @@ def launch_write(layer: Any, where: Any, ckv: Any, kpe: Any, transform: RowTrans
 
 
 @functools.lru_cache(maxsize=256)
-def _write_launch(
+def prepare_write(
     device: int,
     dtype: np.dtype,
     pages: tuple[int, int],
@@ -142,6 +142,7 @@ def _write_launch(
     rope_interleaved: bool,
     norm_eps: float,
 ) -> Launch:
+    """The writer of `launch_write` for one shape, strides in bytes; a call gives ``_WRITE_ADDRESSES``."""
     num_pages, page_size = pages
     item_bytes = dtype.itemsize
     values = {

@@ -60,13 +60,7 @@ class NumpyStore:
         self, layer: int, where: np.ndarray, ckv: np.ndarray, kpe: np.ndarray, transform: RowTransform, stream: None
     ) -> None:
         """Write rows of tokens, as `as_rows` gives them, where they belong."""
-        layout = self._layout
-        slots, positions = where
-        inside = (slots >= 0) & (slots < layout.num_pages * layout.page_size)
-        pages, offsets = np.divmod(slots[inside], layout.page_size)
-        rows = self.layers[layer, :, :, 0]
-        rows[pages, offsets, : layout.kv_lora_rank] = normalised(ckv[inside], transform)
-        rows[pages, offsets, layout.kv_lora_rank :] = rotated(kpe[inside], positions[inside], transform)
+        write_rows(self.layers[layer], where, ckv, kpe, transform)
 
     def copy_pages(self, pages: np.ndarray, stream: None) -> None:
         """Copy pages in all layers: int32 ``[n, 2]`` (from, to), none of which is in both columns."""
@@ -97,6 +91,17 @@ class NumpyStore:
     def write_pages(self, pages: np.ndarray) -> None:
         """Fill the first pages of the pool from the host, as `read_pages` gave them."""
         self.layers[:, : pages.shape[1], :, 0] = pages
+
+
+def write_rows(layer: np.ndarray, where: np.ndarray, ckv: np.ndarray, kpe: np.ndarray, transform: RowTransform) -> None:
+    """Write rows of tokens into one layer's pool ``[num_pages, page_size, 1, row]``; slots outside it are skipped."""
+    num_pages, page_size = layer.shape[:2]
+    slots, positions = where
+    inside = (slots >= 0) & (slots < num_pages * page_size)
+    pages, offsets = np.divmod(slots[inside], page_size)
+    rows, latent = layer[:, :, 0], ckv.shape[1]
+    rows[pages, offsets, :latent] = normalised(ckv[inside], transform)
+    rows[pages, offsets, latent:] = rotated(kpe[inside], positions[inside], transform)
 
 
 def normalised(ckv: np.ndarray, transform: RowTransform) -> np.ndarray:

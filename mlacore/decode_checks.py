@@ -43,11 +43,7 @@ def _check_arguments(
     dims.match("block_table", block_table.shape, ("batch", "max_pages"))
     dims.match("q", q.shape, ("batch", "seq_len_q", "num_heads", "head_dim"))
     dims.match("kv_cache", kv_cache.shape, ("num_pages", "page_size", "num_kv_heads", "head_dim"))
-    if dims["page_size"] not in PAGE_SIZES:
-        raise ValueError(
-            f"kv_cache: got page_size={dims['page_size']} (shape {tuple(kv_cache.shape)}), expected one of "
-            f"{', '.join(map(str, PAGE_SIZES))} (the page sizes supported)"
-        )
+    check_page_size(kv_cache, dims["page_size"])
     if dims["num_heads"] % dims["num_kv_heads"]:
         raise ValueError(
             f"kv_cache: got num_kv_heads={dims['num_kv_heads']}, expected a divisor of "
@@ -78,6 +74,15 @@ def _check_arguments(
         dims.match("lse", lse.shape, ("batch", "num_heads", "seq_len_q"))
         _check_buffer("lse", lse, arrays.float32, "lse is float32", q)
     return dims
+
+
+def check_page_size(kv_cache: Any, page_size: int) -> None:
+    """Raise ValueError unless `page_size`, of `kv_cache`, is one that the kernels know."""
+    if page_size not in PAGE_SIZES:
+        raise ValueError(
+            f"kv_cache: got page_size={page_size} (shape {tuple(kv_cache.shape)}), expected one of "
+            f"{', '.join(map(str, PAGE_SIZES))} (the page sizes supported)"
+        )
 
 
 def _check_buffer(argument: str, buffer: Any, dtype: Any, source: str, q: Any) -> None:

@@ -6,20 +6,22 @@ rows on N: few rows are not padded, states are small, code is short. Measured on
 =====================  =======  =======  =======
 heads, batch, tokens   16 rows  32 rows  64 rows
 =====================  =======  =======  =======
-16, b=1, 4K               10.1     11.2     12.1
+16, b=1, 4K                9.1     10.1     11.2
 16, b=1, 128K             62.8     66.5     67.2
-16, b=128, 16K           794.7    806.1    805.3
+16, b=128, 16K           792.9    803.4    805.3
 32 (s_q=2), b=32, 8K     121.4    118.5    120.1
-128, b=1, 1K              10.1     11.5     16.2
-128, b=1, 4K              15.7     17.9     19.5
-128, b=4, 4K              31.6     27.5     28.2
-128, b=1, 32K             49.2     38.6     38.5
-128, b=1, 128K             160      101       84
+128, b=1, 1K               9.3     10.6     13.6
+128, b=1, 4K              13.4     14.6     18.3
+128, b=4, 4K              27.4     24.0     32.1
+128, b=16, 1K             26.4     28.5     32.8
+128, b=1, 32K             43.8     34.3     41.6
+128, b=1, 128K             150       96       83
 =====================  =======  =======  =======
 
-With more than 32 rows the swapped kernel needs a cluster, whose CTAs take 16 or 32 rows each and multicast every tile
-to each other. It has the smaller states to merge, but fewer rows a tile: it wins while there are few tokens in all,
-which is known only if the caller says so (``max_seq_len`` of `mlacore.plan_decode`).
+With more than 32 rows the swapped kernel works in clusters of two CTAs, which multicast every tile to each other;
+several clusters take the rows of a sequence. It has the smaller states to merge, but fewer rows a tile: it wins while
+there are few tokens in all, which is known only if the caller says so (``max_seq_len`` of `mlacore.plan_decode`).
+Clusters of four or eight leave SMs idle, 12 of an H100's 132, and lose 5 to 15 %.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from dataclasses import dataclass
 
 from mlacore.params import TILE_ROWS
 
-FEW_TOKENS_16_ROWS = 8192  # tokens of a batch up to which clusters of 16-row CTAs win over more than 32 rows
-FEW_TOKENS_32_ROWS = 16384
+FEW_TOKENS_16_ROWS = 8192  # tokens of a batch up to which CTAs of 16 rows win over more than 32 rows
+FEW_TOKENS_32_ROWS = 65536
+SHORT_TOKENS = 1024  # sequences that short are not split if there are enough of them: twice as many tokens for 16 rows
 MAX_CLUSTER_ROWS = 128
 
 
@@ -57,16 +60,15 @@ class KernelShape:
         return f"{kernel}.{dtype}.rows{self.tile_rows}.cluster{self.cluster_ctas}"
 
 
-def choose(rows: int, tokens: int | None) -> KernelShape:
-    """The kernel for `rows` query rows of a KV head and at most `tokens` tokens in the whole batch (None: unknown)."""
+def choose(rows: int, batch: int, max_seq_len: int | None) -> KernelShape:
+    """The kernel for `rows` query rows of a KV head and `batch` sequences of at most so many tokens (None: unknown)."""
     if rows <= 16:
         return KernelShape(16, 1, 1)
     if rows <= 32:
         return KernelShape(32, 1, 1)
-    if rows <= MAX_CLUSTER_ROWS and tokens is not None and tokens <= FEW_TOKENS_32_ROWS:
-        tile_rows = 16 if tokens <= FEW_TOKENS_16_ROWS else 32
-        ctas = (4 if rows <= 64 else 8) * 16 // tile_rows
-        return KernelShape(tile_rows, ctas, ctas)
+    if rows <= MAX_CLUSTER_ROWS and max_seq_len is not None and batch * max_seq_len <= FEW_TOKENS_32_ROWS:
+        tile_rows = 16 if batch * max_seq_len <= FEW_TOKENS_16_ROWS * (1 + (max_seq_len <= SHORT_TOKENS)) else 32
+        return KernelShape(tile_rows, 2, 2 * -(-rows // (2 * tile_rows)))
     blocks = -(-rows // TILE_ROWS)
     return KernelShape(
         TILE_ROWS, 2 if blocks % 2 == 0 else 1, blocks

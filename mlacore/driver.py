@@ -9,7 +9,7 @@ import ctypes
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -150,12 +150,13 @@ _DECODE_ADDRESSES = (
 
 def launch_plan(cache_seqlens: Any, work: Any, splits: Any, max_splits: int, stream: Any) -> None:
     """Compute the split schedule on the device (`cuda/mla_plan.cu`)."""
-    launch = _plan_launch(cache_seqlens.data.device_id, len(cache_seqlens), len(work) - 1, max_splits)
+    launch = prepare_plan(cache_seqlens.data.device_id, len(cache_seqlens), len(work) - 1, max_splits)
     launch(stream.ptr, (cache_seqlens.data.ptr, work.data.ptr, splits.data.ptr))
 
 
 @functools.lru_cache(maxsize=64)
-def _plan_launch(device: int, batch: int, num_workers: int, max_splits: int) -> Launch:
+def prepare_plan(device: int, batch: int, num_workers: int, max_splits: int) -> Launch:
+    """The planner for one shape; a call gives the addresses of lengths, `work` and `splits`."""
     values = {"batch": batch, "num_workers": num_workers, "max_splits": max_splits}
     log.debug(
         "plans of %d sequences for %d workers: mla_plan, 1 CTA of %d threads", batch, num_workers, params.PLAN_THREADS
@@ -206,10 +207,11 @@ def prepare_decode(
 
     It depends on no address: other arrays and plans that agree in all else can take its place.
     """
-    device, dtype = q.data.device_id, str(q.dtype)
+    device, dtype = plan.device, str(q.dtype)
     item_bytes = q.dtype.itemsize
     num_pages, page_size, kv_heads, head_dim = kv_cache.shape
     kernel = plan.kernel
+    assert device is not None
     assert kernel is not None
     grid = (kernel.row_blocks, plan.num_kv_heads, plan.num_workers)  # a cluster lies along the row blocks
     is_resident = math.prod(grid) <= resident_ctas(kernel, device)
@@ -290,8 +292,7 @@ class DecodeLaunch:
         lse: Any,
         stream: Any,
     ) -> None:
-        pool_map = self._pool_maps(kv_cache.data.ptr)
-        addresses = (  # in the order of _DECODE_ADDRESSES
+        addresses = (
             q.data.ptr,
             kv_cache.data.ptr,
             block_table.data.ptr,
@@ -306,4 +307,9 @@ class DecodeLaunch:
             plan.merge_abandoned.data.ptr,
             plan.launches.data.ptr,
         )
-        self._launch(stream.ptr, addresses, pool_map.address)
+        self.at(stream.ptr, addresses)
+
+    def at(self, stream: int, addresses: Sequence[int]) -> None:
+        """Launch on the stream with that handle; `addresses` in the order of ``_DECODE_ADDRESSES``."""
+        pool_map = self._pool_maps(addresses[1])
+        self._launch(stream, addresses, pool_map.address)

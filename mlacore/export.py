@@ -34,7 +34,7 @@ _CONSTANTS = (
     "GATHER_ROWS",
     "COPY_THREADS",
 )
-_DISPATCH_CONSTANTS = ("FEW_TOKENS_16_ROWS", "FEW_TOKENS_32_ROWS", "MAX_CLUSTER_ROWS")
+_DISPATCH_CONSTANTS = ("FEW_TOKENS_16_ROWS", "FEW_TOKENS_32_ROWS", "SHORT_TOKENS", "MAX_CLUSTER_ROWS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +121,9 @@ def header() -> str:
 
 def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
     """What the header says, for programs: JSON."""
-    kernels = list(_kernels())
+    kernels, slots = list(_kernels()), "num_kv_heads, row_blocks"
     for entry in kernels:
         entry["sha256"] = hashlib.sha256(cubins[entry["name"]]).hexdigest()
-    slots, zeroed = "num_kv_heads, row_blocks", {"zero_before_first_call": True}
     return {
         "schema": SCHEMA,
         "mlacore": mlacore.__version__,
@@ -154,7 +153,7 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
         },
         "dispatch": {
             "rows": "seq_len_q * num_heads / num_kv_heads",
-            "tokens": "a bound of the batch's, or unknown; the first rule that holds decides",
+            "tokens": "batch * max_seq_len, or unknown; the first rule that holds decides",
             "rules": [
                 {"rows_at_most": 16, "tile_rows": 16, "cluster_ctas": 1, "row_blocks": 1},
                 {"rows_at_most": 32, "tile_rows": 32, "cluster_ctas": 1, "row_blocks": 1},
@@ -184,13 +183,15 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
         "scratch": {
             "work": {"dtype": "int32", "shape": "num_workers + 1, 2"},
             "splits": {"dtype": "int32", "shape": "batch, 2"},
-            "partial_out": {"dtype": "float32", "shape": f"2 * num_workers, {slots}, tile_rows * {params.HEAD_DIM_V}"},
-            "partial_sums": {"dtype": "float32", "shape": f"2 * num_workers, {slots}, tile_rows / 2, 4"},
-            "merge_counters": {"dtype": "uint32", "shape": f"num_workers, {slots}, 2", **zeroed},
-            "merge_abandoned": {
-                "dtype": "uint32",
-                "shape": f"2 * num_workers, {slots}",
-                "zero_before_first_call": True,
+            **{
+                name: {"dtype": "uint32", "shape": shape, "zero_before_first_call": True}
+                for name, shape in (
+                    ("partial_out", f"2 * num_workers, {slots}, tile_rows * {params.HEAD_DIM_V}"),
+                    ("partial_lse", f"2 * num_workers, {slots}, tile_rows / 2, 4"),
+                    ("merge_counters", f"num_workers, {slots}"),
+                    ("merge_abandoned", f"2 * num_workers, {slots}"),
+                    ("launches", "2"),
+                )
             },
         },
     }
@@ -203,17 +204,15 @@ def constants() -> dict[str, int]:
     }
 
 
-def _cluster_rules() -> Iterator[dict[str, int]]:
-    for tokens in (dispatch.FEW_TOKENS_16_ROWS, dispatch.FEW_TOKENS_32_ROWS):
-        for rows in (64, dispatch.MAX_CLUSTER_ROWS):
-            shape = dispatch.choose(rows, tokens)
-            yield {
-                "rows_at_most": rows,
-                "tokens_at_most": tokens,
-                "tile_rows": shape.tile_rows,
-                "cluster_ctas": shape.cluster_ctas,
-                "row_blocks": shape.row_blocks,
-            }
+def _cluster_rules() -> Iterator[dict[str, Any]]:
+    few, many = dispatch.FEW_TOKENS_16_ROWS, dispatch.FEW_TOKENS_32_ROWS
+    for bounds, tile_rows in (
+        ({"tokens_at_most": few}, 16),
+        ({"tokens_at_most": 2 * few, "max_seq_len_at_most": dispatch.SHORT_TOKENS}, 16),
+        ({"tokens_at_most": many}, 32),
+    ):
+        blocks = {"cluster_ctas": 2, "row_blocks": f"2 * ceil(rows / {2 * tile_rows})"}
+        yield {"rows_at_most": dispatch.MAX_CLUSTER_ROWS, **bounds, "tile_rows": tile_rows, **blocks}
 
 
 def _kernels() -> Iterator[dict[str, Any]]:

@@ -229,6 +229,47 @@ def plan_decode(
     RuntimeError
         If the GPU is not of compute capability 9.0.
     """
+    options = check_plan_options(num_heads, seq_len_q, num_kv_heads, causal, max_seq_len, batch_invariant, num_workers)
+    device = None if arrays.on_numpy(cache_seqlens=cache_seqlens) else -1
+    lengths, stream = _take_lengths(cache_seqlens, stream, None, device)
+    device = None if device is None else lengths.data.device_id
+    shape = plan_shape(lengths.shape[0], device, *options)
+    batch, num_workers, max_splits = shape["batch"], shape["num_workers"], shape["max_splits"]
+    if device is None:
+        work, splits = schedule(lengths, num_workers, max_splits)
+        return DecodePlan(**shape | {"kernel": None}, device=None, work=work, splits=splits, planned_seqlens=lengths)
+
+    from mlacore import driver
+
+    with arrays.on_device(device, stream) as cupy:
+        plan = DecodePlan(
+            **shape,
+            device=device,
+            work=cupy.empty((num_workers + 1, 2), cupy.int32),
+            splits=cupy.empty((batch, 2), cupy.int32),
+            planned_seqlens=lengths,
+            **{
+                name: cupy.zeros(extents, cupy.uint32)
+                for name, extents in scratch(num_workers, shape["num_kv_heads"], shape["kernel"]).items()
+            },
+        )
+    driver.launch_plan(lengths, plan.work, plan.splits, max_splits, stream)
+    return plan
+
+
+PlanOptions = tuple[int, int, int, bool, int | None, bool, int | None]  # as `check_plan_options` takes them
+
+
+def check_plan_options(
+    num_heads: Any,
+    seq_len_q: Any,
+    num_kv_heads: Any,
+    causal: Any,
+    max_seq_len: Any,
+    batch_invariant: Any,
+    num_workers: Any,
+) -> PlanOptions:
+    """The arguments of `plan_decode` but lengths and stream, validated."""
     num_heads = shapes.check_count("num_heads", num_heads)
     seq_len_q = shapes.check_count("seq_len_q", seq_len_q)
     num_kv_heads = shapes.check_count("num_kv_heads", num_kv_heads)
@@ -240,61 +281,70 @@ def plan_decode(
     batch_invariant = shapes.check_bool("batch_invariant", batch_invariant)
     if max_seq_len is not None:
         max_seq_len = shapes.check_count("max_seq_len", max_seq_len)
-    max_splits = 0
-    if batch_invariant:
-        if max_seq_len is None or num_workers is not None:
-            got = "no max_seq_len" if max_seq_len is None else f"num_workers={num_workers}"
-            raise ValueError(f"batch_invariant: got {got}, expected max_seq_len and no num_workers (a worker a split)")
-        max_splits = invariant_splits(-(-max_seq_len // TILE_TOKENS))
     if num_workers is not None:
         num_workers = shapes.check_count("num_workers", num_workers)
         if num_workers > MAX_WORKERS:
             raise ValueError(f"num_workers: got {num_workers}, expected at most {MAX_WORKERS} (CUDA's grid)")
-    device = None if arrays.on_numpy(cache_seqlens=cache_seqlens) else -1
-    lengths, stream = _take_lengths(cache_seqlens, stream, None, device)
-    batch = lengths.shape[0]
+    if batch_invariant and (max_seq_len is None or num_workers is not None):
+        got = "no max_seq_len" if max_seq_len is None else f"num_workers={num_workers}"
+        raise ValueError(f"batch_invariant: got {got}, expected max_seq_len and no num_workers (a worker a split)")
+    return num_heads, seq_len_q, num_kv_heads, causal, max_seq_len, batch_invariant, num_workers
 
-    if max_splits:
+
+def plan_shape(
+    batch: int,
+    device: int | None,
+    num_heads: int,
+    seq_len_q: int,
+    num_kv_heads: int,
+    causal: bool,
+    max_seq_len: int | None,
+    batch_invariant: bool,
+    num_workers: int | None,
+) -> dict[str, Any]:
+    """The fields of a `DecodePlan` that are settled without a look at the lengths; `device` None is a CPU."""
+    max_splits = 0
+    if batch_invariant:
+        assert max_seq_len is not None
+        max_splits = invariant_splits(-(-max_seq_len // TILE_TOKENS))
         num_workers = batch * max_splits
         if num_workers > MAX_WORKERS:
             raise ValueError(
                 f"batch_invariant: got batch={batch} with up to {max_splits} splits each (max_seq_len={max_seq_len}), "
                 f"expected at most {MAX_WORKERS} splits in all (CUDA's grid)"
             )
-    shape = (batch, seq_len_q, num_heads, num_kv_heads, causal)
-    if device is None:
-        num_workers = num_workers or available_cpus()
-        work, splits = schedule(lengths, num_workers, max_splits)
-        return DecodePlan(*shape, num_workers, None, work, splits, max_splits, planned_seqlens=lengths)
-
-    from mlacore import driver
-
-    device = lengths.data.device_id
-    rows = seq_len_q * (num_heads // num_kv_heads)
     # The kernel decides about bits as well: a batch-invariant choice looks at the rows alone.
-    kernel = dispatch.choose(rows, None if max_seq_len is None or batch_invariant else batch * max_seq_len)
-    ctas = kernel.row_blocks * num_kv_heads
-    num_workers = num_workers or max(1, driver.resident_ctas(kernel, device) // ctas)
+    kernel = dispatch.choose(seq_len_q * (num_heads // num_kv_heads), batch, None if batch_invariant else max_seq_len)
+    if num_workers is not None:
+        pass
+    elif device is None:
+        num_workers = available_cpus()
+    else:
+        from mlacore import driver
+
+        num_workers = max(1, driver.resident_ctas(kernel, device) // (kernel.row_blocks * num_kv_heads))
+    return {
+        "batch": batch,
+        "seq_len_q": seq_len_q,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "causal": causal,
+        "num_workers": num_workers,
+        "max_splits": max_splits,
+        "kernel": kernel,
+    }
+
+
+def scratch(num_workers: int, num_kv_heads: int, kernel: KernelShape) -> dict[str, tuple[int, ...]]:
+    """Shape of each scratch array of a GPU plan, which `DecodePlan` explains: uint32, zeros before the first call."""
     slots = (2 * num_workers, num_kv_heads, kernel.row_blocks)
-    with arrays.on_device(device, stream) as cupy:
-        plan = DecodePlan(
-            *shape,
-            num_workers,
-            device,
-            work=cupy.empty((num_workers + 1, 2), cupy.int32),
-            splits=cupy.empty((batch, 2), cupy.int32),
-            max_splits=max_splits,
-            kernel=kernel,
-            # Zeros: no launch has that number. What other launches left may stand in them later.
-            partial_out=cupy.zeros((*slots, kernel.tile_rows * HEAD_DIM_V), cupy.uint32),
-            partial_lse=cupy.zeros((*slots, kernel.tile_rows // 2, 4), cupy.uint32),
-            merge_counters=cupy.zeros((num_workers, *slots[1:]), cupy.uint32),
-            merge_abandoned=cupy.zeros(slots, cupy.uint32),
-            launches=cupy.zeros(2, cupy.uint32),
-            planned_seqlens=lengths,
-        )
-    driver.launch_plan(lengths, plan.work, plan.splits, max_splits, stream)
-    return plan
+    return {
+        "partial_out": (*slots, kernel.tile_rows * HEAD_DIM_V),
+        "partial_lse": (*slots, kernel.tile_rows // 2, 4),
+        "merge_counters": (num_workers, *slots[1:]),
+        "merge_abandoned": slots,
+        "launches": (2,),
+    }
 
 
 Schedule = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]

@@ -13,6 +13,8 @@ pytest.register_assert_rewrite("cache_model", "pretended_gpu")
 # One core a pytest-xdist worker: BLAS threads of several processes would wait for one another. Before NumPy's import.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# JAX would take most of a GPU's memory at once, and the other tests need some too. Before JAX's first array.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # The same examples on every run: a red build must be reproducible, and shared machines are too uneven for deadlines.
 settings.register_profile("mlacore", derandomize=True, deadline=None, database=None)

@@ -142,7 +142,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   record("DecodeParams", params, sizeof *params);
   const CUtensorMap *map = arguments[0];
   const int is_planned = *(unsigned char *)(uintptr_t)params->work == 1;
-  if (map->opaque[1] != MAP_MARK || !is_planned || *(uint32_t *)(uintptr_t)params->merge_counters != 0) {
+  if (map->opaque[1] != MAP_MARK || !is_planned || *(uint32_t *)(uintptr_t)params->launches != 0) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   decode(params, (const uint16_t *)(uintptr_t)map->opaque[0]);

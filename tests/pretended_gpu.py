@@ -212,7 +212,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 def forget_cache_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """What other tests prepared, and after this one what it will."""
-    for name in ("_update_launch", "_write_launch", "_copy_launch", "_gather_launch"):
+    for name in ("_update_launch", "prepare_write", "_copy_launch", "_gather_launch"):
         prepare = getattr(cache_kernels, name).__wrapped__
         monkeypatch.setattr(cache_kernels, name, functools.lru_cache(prepare))
 
@@ -394,7 +394,7 @@ def pretend_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     for name in ("empty", "zeros"):
         monkeypatch.setattr(cupy, name, gpu_array)
     # What other tests prepared, or these will.
-    monkeypatch.setattr(driver, "_plan_launch", functools.lru_cache(driver._plan_launch.__wrapped__))
+    monkeypatch.setattr(driver, "prepare_plan", functools.lru_cache(driver.prepare_plan.__wrapped__))
     monkeypatch.setattr(driver, "resident_ctas", functools.cache(driver.resident_ctas.__wrapped__))
     forget_cache_launches(monkeypatch)
     maps = functools.lru_cache(launch.tensor_maps.__wrapped__)

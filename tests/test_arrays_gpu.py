@@ -5,7 +5,6 @@ Needs a Hopper GPU, and each test the library it is about.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,6 @@ class Torch:
 
 class Jax:
     def __init__(self) -> None:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other tests need memory too
         self.jax = pytest.importorskip("jax", reason="needs jax")
         if self.jax.default_backend() != "gpu":
             pytest.skip("needs jax with CUDA")

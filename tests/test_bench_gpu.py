@@ -10,6 +10,7 @@ from cases import Case
 
 from bench import ceilings, check, decode, environment, host, nvml, timing
 from bench.inputs import Stock
+from bench.peers import import_torch
 
 pytestmark = pytest.mark.gpu
 
@@ -76,3 +77,9 @@ def test_replays_are_timed_and_metered(stock, stream):
 def test_host_row(stream):
     row = host._row(2, 16, stream)
     assert all(0 < row[name] < 10_000 for name in ("eager_us", "graph_us", "update_us", "plan_us"))
+
+
+def test_routes(stream):
+    rows = {row["route"]: row["us"] for row in host.routes(stream, import_torch()[0])}
+    assert {"CuPy arrays", "in a CUDA graph"} <= set(rows)
+    assert all(0 < us < 10_000 for us in rows.values()), rows

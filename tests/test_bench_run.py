@@ -204,6 +204,8 @@ def test_a_whole_run(gpu, tmp_path, capsys):
     assert result["ceilings"]["gemm_sm_mhz"] == 1500.0
     assert result["ceilings"]["gemm_tflops"] is not None
     assert len(result["host"]) == len(host.BATCHES) * len(host.NUM_HEADS)
+    assert [row["route"] for row in result["routes"]] == ["CuPy arrays", "in a CUDA graph"]
+    assert all(row["us"] > 0 for row in result["routes"])
     assert set(result["seconds"]) >= {"start", "ceilings", "inputs", "check", "capture", "timing", "host"}
     assert result["peers_missing"] == {"Two": "not there"}
     printed = capsys.readouterr().out
@@ -225,7 +227,7 @@ def test_only_picks_cases_and_leaves_the_host_out(gpu, tmp_path):
     assert decode.main(["--only", "mtp", "--quick", "--no-peers", "--output", str(path)]) == 0
     result = json.loads(path.read_text())
     assert [one["kind"] for one in result["rows"]] == ["mtp"]
-    assert result["host"] == []
+    assert result["host"] == result["routes"] == []
     assert result["rows"][0]["peers"] == {}
     with pytest.raises(SystemExit):
         decode.main(["--only", "no such case"])
@@ -255,7 +257,45 @@ def test_a_failed_row_does_not_lose_the_others(gpu, tmp_path, monkeypatch, capsy
 def test_host_prints_a_line_a_shape(gpu, capsys):
     assert host.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(host.BATCHES) * len(host.NUM_HEADS)
+    shapes = len(host.BATCHES) * len(host.NUM_HEADS)
+    assert lines[shapes + 1] == ""
+    assert [line.split("  ")[0] for line in lines[shapes + 2 :]] == ["one call", "CuPy arrays", "in a CUDA graph"]
+
+
+def test_a_call_in_jit_is_timed_by_the_calls_there_are_more(monkeypatch):
+    jax = pytest.importorskip("jax", reason="needs the jax extra")
+    monkeypatch.setattr(host, "JIT_RUNS", 5)
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert 5 < host.jit_us(1, 2, 9) < 50_000  # the NumPy backend's time of a call
+        pool = np.zeros((4, 1, 64, 1, 576), np.float16)
+        given = pool[0, :, :1, :, :], pool, np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+        lowered = host._step(4).lower(*given).compile().as_text()
+    assert lowered.count('custom_call_target="mlacore_decode"') == 4, "none is dropped, or taken for another"
+    times = iter([99.0, 99.0, 99.0, 10.0, 30.0, 20.0, 40.0, 50.0])
+    clock = [0.0]
+
+    def call() -> None:
+        clock[0] += next(times)
+
+    monkeypatch.setattr(host.time, "perf_counter", lambda: clock[0] * 1e-6)
+    assert host._wall_us(call) == pytest.approx(30.0)
+
+
+def test_every_route_that_there_is(gpu, monkeypatch):
+    """torch and JAX by stand-ins, whose arrays are CuPy's."""
+    given: list[set[str]] = []
+
+    def library(name):
+        return lambda array: given.append({name}) or array
+
+    torch = types.SimpleNamespace(from_dlpack=library("torch"))
+    jax = types.SimpleNamespace(device_put=library("jax"))
+    monkeypatch.setattr(host, "_jax_on_gpu", lambda: jax)
+    monkeypatch.setattr(host, "jit_us", lambda batch, num_heads, layers: 7.0 if layers == host.LAYERS else 0.0)
+    rows = {row["route"]: row["us"] for row in host.routes(gpu.cuda.Stream(), torch)}
+    assert list(rows) == ["CuPy arrays", "torch tensors", "JAX arrays", "in jax.jit", "in a CUDA graph"]
+    assert rows["in jax.jit"] == 7.0
+    assert given == [{"torch"}] * 6 + [{"jax"}] * 4
 
 
 @pytest.mark.parametrize("command", [lambda: decode.main([]), host.main])

@@ -73,6 +73,7 @@ def result(old_result) -> dict:
     new["host"] = [
         {"batch": 1024, "num_heads": 16, "eager_us": 11.26, "graph_us": 1.04, "update_us": 8.0, "plan_us": 2.96}
     ]
+    new["routes"] = [{"route": "CuPy arrays", "us": 5.12}, {"route": "in jax.jit", "us": 11.98}]
     return new
 
 
@@ -197,17 +198,25 @@ def test_columns_without_a_figure_are_left_out(old_result):
 
 
 def test_plain_text_has_straight_columns_and_every_part(result):
-    cases, summary, host = table.plain(result).split("\n\n")
+    cases, summary, host, routes = table.plain(result).split("\n\n")
     lines = cases.splitlines()
     assert len(lines) == 1 + len(result["rows"])
     assert len({line.index("b=") for line in lines[1:]}) == 1
     assert "FlashMLA µs (×)" in lines[0]
     assert "0.80 at b=128" in summary
     assert host.split()[-6:] == ["16", "1024", "11.3", "1.0", "8.0", "3.0"]
+    assert routes.splitlines() == ["one call     host", "CuPy arrays  5.1 ", "in jax.jit   12.0"]
 
 
 def test_plain_text_of_no_rows_is_a_line_of_titles(result):
-    assert table.plain(result | {"rows": [], "host": []}).startswith("kind")
+    assert table.plain(result | {"rows": [], "host": [], "routes": []}).startswith("kind")
+
+
+def test_routes_are_published_where_they_were_measured(result, old_result):
+    parts = table.full(result, None)
+    at = parts.index("One call by each route, µs:")
+    assert parts[at + 1].splitlines()[2:] == ["| CuPy arrays | 5.1 |", "| in jax.jit | 12.0 |"]
+    assert "One call by each route, µs:" not in table.full(old_result, None)
 
 
 def test_headline_sets_the_gpus_side_by_side(both):

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from mlacore import dispatch, jit
 from mlacore.arrays import GPU_DTYPES
-from mlacore.dispatch import FEW_TOKENS_16_ROWS, FEW_TOKENS_32_ROWS, KernelShape, choose
+from mlacore.dispatch import FEW_TOKENS_16_ROWS, FEW_TOKENS_32_ROWS, SHORT_TOKENS, KernelShape, choose
 
 
-@given(st.integers(1, 5000), st.one_of(st.none(), st.integers(1, 10**6)))
-def test_all_rows_are_covered_by_a_variant_that_exists(rows: int, tokens: int | None) -> None:
-    kernel = choose(rows, tokens)
+@given(st.integers(1, 5000), st.integers(1, 300), st.one_of(st.none(), st.integers(1, 10**6)))
+def test_all_rows_are_covered_by_a_variant_that_exists(rows: int, batch: int, max_seq_len: int | None) -> None:
+    kernel = choose(rows, batch, max_seq_len)
     assert kernel.row_blocks * kernel.tile_rows >= rows
     assert kernel.row_blocks % kernel.cluster_ctas == 0, "a cluster lies along the row blocks"
     for dtype in GPU_DTYPES:
@@ -21,24 +21,28 @@ def test_all_rows_are_covered_by_a_variant_that_exists(rows: int, tokens: int | 
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens", "expected"),
+    ("rows", "batch", "max_seq_len", "expected"),
     [
-        (1, None, KernelShape(16, 1, 1)),
-        (16, 1 << 20, KernelShape(16, 1, 1)),
-        (17, None, KernelShape(32, 1, 1)),
-        (64, None, KernelShape(64, 1, 1)),
-        (64, FEW_TOKENS_16_ROWS, KernelShape(16, 4, 4)),
-        (126, FEW_TOKENS_16_ROWS, KernelShape(16, 8, 8)),
-        (128, FEW_TOKENS_32_ROWS, KernelShape(32, 4, 4)),
-        (128, FEW_TOKENS_32_ROWS + 1, KernelShape(64, 2, 2)),
-        (129, 1, KernelShape(64, 1, 3)),
-        (256, None, KernelShape(64, 2, 4)),
+        (1, 1, None, KernelShape(16, 1, 1)),
+        (16, 1, 1 << 20, KernelShape(16, 1, 1)),
+        (17, 1, None, KernelShape(32, 1, 1)),
+        (64, 1, None, KernelShape(64, 1, 1)),
+        (64, 1, FEW_TOKENS_16_ROWS, KernelShape(16, 2, 4)),
+        (96, 1, FEW_TOKENS_16_ROWS, KernelShape(16, 2, 6)),
+        (97, 1, FEW_TOKENS_16_ROWS, KernelShape(16, 2, 8)),
+        (128, 1, FEW_TOKENS_16_ROWS + 1, KernelShape(32, 2, 4)),
+        (128, 2 * FEW_TOKENS_16_ROWS // SHORT_TOKENS, SHORT_TOKENS, KernelShape(16, 2, 8)),
+        (128, 2 * FEW_TOKENS_16_ROWS // SHORT_TOKENS + 1, SHORT_TOKENS, KernelShape(32, 2, 4)),
+        (128, 2, FEW_TOKENS_32_ROWS // 2, KernelShape(32, 2, 4)),
+        (128, 1, FEW_TOKENS_32_ROWS + 1, KernelShape(64, 2, 2)),
+        (129, 1, 1, KernelShape(64, 1, 3)),
+        (256, 1, None, KernelShape(64, 2, 4)),
     ],
 )
-def test_choice(rows: int, tokens: int | None, expected: KernelShape) -> None:
-    assert choose(rows, tokens) == expected
+def test_choice(rows: int, batch: int, max_seq_len: int | None, expected: KernelShape) -> None:
+    assert choose(rows, batch, max_seq_len) == expected
 
 
 def test_the_usual_kernels_are_loaded_at_import() -> None:
     for rows in (1, 32, 64, 128):
-        assert jit.VARIANTS[dispatch.choose(rows, None).variant("bfloat16")].is_default
+        assert jit.VARIANTS[dispatch.choose(rows, 1, None).variant("bfloat16")].is_default

@@ -69,7 +69,7 @@ def arguments(make: Make) -> dict[str, Any]:
 
 
 def gpu_plan(device: int = 0) -> DecodePlan:
-    names = ("work", "splits", "partial_out", "partial_sums", "merge_counters", "merge_abandoned")
+    names = ("work", "splits", "partial_out", "partial_lse", "merge_counters", "merge_abandoned", "launches")
     arrays_of_plan = {name: gpu_array((5, 2), np.int32) for name in names}
     return DecodePlan(3, 2, 16, 1, False, 4, device, kernel=KernelShape(32, 1, 1), **arrays_of_plan)
 

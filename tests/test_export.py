@@ -109,15 +109,15 @@ def test_export_says_why_it_cannot_write(tmp_path, capsys):
 
 RULES = """
 #include "mlacore.h"
-void choose(long long rows, long long tokens, int *shape) {
-  const MlacoreShape found = mlacore_choose(rows, tokens);
+void choose(long long rows, long long batch, long long max_seq_len, int *shape) {
+  const MlacoreShape found = mlacore_choose(rows, batch, max_seq_len);
   shape[0] = found.tile_rows, shape[1] = found.cluster_ctas, shape[2] = found.row_blocks;
 }
 void scratch(const int *shape, int batch, int workers, int heads, long long *bytes) {
   const MlacoreScratch found = mlacore_scratch((MlacoreShape){shape[0], shape[1], shape[2]}, batch, workers, heads);
   bytes[0] = (long long)found.work, bytes[1] = (long long)found.splits, bytes[2] = (long long)found.partial_out;
-  bytes[3] = (long long)found.partial_sums, bytes[4] = (long long)found.merge_counters;
-  bytes[5] = (long long)found.merge_abandoned;
+  bytes[3] = (long long)found.partial_lse, bytes[4] = (long long)found.merge_counters;
+  bytes[5] = (long long)found.merge_abandoned, bytes[6] = (long long)found.launches;
 }
 int prefetch(const int *shape, int page_size, int is_contiguous) {
   return mlacore_prefetch_tiles((MlacoreShape){shape[0], shape[1], shape[2]}, page_size, is_contiguous);
@@ -140,12 +140,15 @@ def rules(folder, tmp_path_factory) -> ctypes.CDLL:
 def test_header_chooses_as_dispatch_does(rules):
     shape = (ctypes.c_int * 3)()
     for rows in (1, 16, 17, 32, 33, 64, 65, 96, 128, 129, 192, 256, 1000):
-        for tokens in (None, 0, 1, 8192, 8193, 16384, 16385, 1 << 40):
-            rules.choose(ctypes.c_longlong(rows), ctypes.c_longlong(-1 if tokens is None else tokens), shape)
-            expected = dispatch.choose(rows, tokens)
-            assert tuple(shape) == (expected.tile_rows, expected.cluster_ctas, expected.row_blocks), (rows, tokens)
-            assert rules.is_there(expected.variant("bfloat16").encode())
-            assert rules.is_there(expected.variant("float16").encode())
+        for batch in (1, 7, 8, 9, 16, 17, 64):
+            for longest in (None, 0, 1, 1024, 1025, 8192, 8193, 65536, 65537, 1 << 40):
+                known = -1 if longest is None else longest
+                rules.choose(*map(ctypes.c_longlong, (rows, batch, known)), shape)
+                expected = dispatch.choose(rows, batch, longest)
+                found = (expected.tile_rows, expected.cluster_ctas, expected.row_blocks)
+                assert tuple(shape) == found, (rows, batch, longest)
+                assert rules.is_there(expected.variant("bfloat16").encode())
+                assert rules.is_there(expected.variant("float16").encode())
     assert not rules.is_there(b"nonsense")
 
 
@@ -156,7 +159,7 @@ def test_header_splits_as_batch_invariant_plans_do(rules):
 
 def test_scratch_is_what_a_plan_allocates(rules):
     """The shapes in `mlacore.plan.DecodePlan`'s docstring, in bytes."""
-    bytes_ = (ctypes.c_longlong * 6)()
+    bytes_ = (ctypes.c_longlong * 7)()
     for tile_rows, ctas, blocks, batch, workers, heads in ((16, 1, 1, 3, 132, 1), (64, 2, 4, 128, 33, 2)):
         rules.scratch((ctypes.c_int * 3)(tile_rows, ctas, blocks), batch, workers, heads, bytes_)
         slots = 2 * workers * heads * blocks
@@ -165,8 +168,9 @@ def test_scratch_is_what_a_plan_allocates(rules):
             batch * 2 * 4,
             slots * tile_rows * 512 * 4,
             slots * (tile_rows // 2) * 4 * 4,
-            workers * heads * blocks * 2 * 4,
+            workers * heads * blocks * 4,
             slots * 4,
+            8,
         ]
         assert list(bytes_) == expected
 
@@ -174,8 +178,8 @@ def test_scratch_is_what_a_plan_allocates(rules):
 def test_header_prefetches_and_boxes_as_the_driver_does(rules):
     from mlacore import driver
 
-    for rows, tokens in ((16, None), (64, None), (128, None), (256, None), (128, 100), (128, 16000)):
-        kernel = dispatch.choose(rows, tokens)
+    for rows, longest in ((16, None), (64, None), (128, None), (256, None), (128, 100), (128, 16000)):
+        kernel = dispatch.choose(rows, 1, longest)
         shape = (ctypes.c_int * 3)(kernel.tile_rows, kernel.cluster_ctas, kernel.row_blocks)
         for page_size in params.PAGE_SIZES:
             pool = np.empty((2, page_size, 1, 576), np.float16)
@@ -222,7 +226,7 @@ def test_example_launches_what_python_launches(on_the_host, folder, shape, tmp_p
     (_, tensor_map), (planner, plan_launch), (_, plan_record), (kernel, launch), (_, record) = (
         (what, bytes.fromhex(values)) for what, values in map(str.split, log.read_text().splitlines())
     )
-    shape_of = dispatch.choose(heads, batch * tokens)
+    shape_of = dispatch.choose(heads, batch, tokens)
     workers = max(1, 132 // shape_of.row_blocks)
     assert planner == "mla_plan"
     assert np.frombuffer(plan_launch, np.uint32).tolist() == [1, 1, 1, params.PLAN_THREADS, 0]

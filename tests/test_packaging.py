@@ -116,11 +116,15 @@ def test_every_target_is_explained():
 
 def test_docs_hold_every_public_name(tmp_path):
     pytest.importorskip("pdoc", reason="needs the docs extra")
+    pytest.importorskip("jax", reason="needs the jax extra")
     run("make", "docs", f"PYTHON={sys.executable}", "VENV=", f"DOCS={tmp_path}")
     page = (tmp_path / "mlacore.html").read_text()
     for name in set(mlacore.__all__) - {"__version__"}:
         assert f'id="{name}"' in page, name
     assert "multiples of 16 bytes" in page, "docstrings are in it"
+    jax_page = (tmp_path / "mlacore" / "jax.html").read_text()
+    for name in ("DecodePlan", "append", "mla_decode", "plan_decode"):
+        assert f'id="{name}"' in jax_page, name
     assert str(ROOT) not in page
 
 

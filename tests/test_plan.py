@@ -169,7 +169,7 @@ def test_plan_on_numpy() -> None:
     plan = plan_decode(lengths, num_heads=128, seq_len_q=2, num_kv_heads=2, causal=True, num_workers=3)
     assert (plan.batch, plan.seq_len_q, plan.num_heads, plan.num_kv_heads, plan.causal) == (3, 2, 128, 2, True)
     assert (plan.num_workers, plan.device, plan.kernel) == (3, None, None)
-    assert (plan.partial_out, plan.partial_sums) == (None, None)
+    assert (plan.partial_out, plan.partial_lse) == (None, None)
     work, splits = schedule(lengths, 3)
     np.testing.assert_array_equal(plan.work, work)
     np.testing.assert_array_equal(plan.splits, splits)

@@ -76,8 +76,8 @@ def test_an_error_fails_and_the_others_go_on(monkeypatch, capsys):
 def test_gpu_checks_go_through_every_kernel_shape():
     used = set()
     for check in selfcheck.GPU_CHECKS:
-        tokens = len(check.lengths) * max(check.lengths) if check.is_bounded else None
-        used.add(dispatch.choose(check.num_heads * check.seq_len_q, tokens))
+        longest = max(check.lengths) if check.is_bounded else None
+        used.add(dispatch.choose(check.num_heads * check.seq_len_q, len(check.lengths), longest))
     shapes = {(shape.tile_rows, shape.cluster_ctas) for shape in used}
     there = {re.search(r"rows(\d+)\.cluster(\d+)", name).groups() for name in jit.VARIANTS if "rows" in name}
     assert shapes == {(int(rows), int(ctas)) for rows, ctas in there}

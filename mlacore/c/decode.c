@@ -185,7 +185,7 @@ int main(int argc, char **argv) {
   CHECK(cuDeviceGetAttribute(&num_sms, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device));
 
   /* The kernel for this many query rows, and workers that fill the GPU with it. */
-  const MlacoreShape shape = mlacore_choose(heads, (int64_t)batch * tokens);
+  const MlacoreShape shape = mlacore_choose(heads, batch, tokens);
   char name[128];
   snprintf(name, sizeof name, "%s.bfloat16.rows%d.cluster%d",
            shape.tile_rows == MLACORE_TILE_ROWS ? "mla_decode_sm90" : "mla_decode_swapped_sm90", shape.tile_rows,
@@ -206,9 +206,10 @@ int main(int argc, char **argv) {
       .out = on_device(NULL, rows * WIDTH * sizeof *out),
       .lse = on_device(NULL, rows * sizeof *lse),
       .partial_out = on_device(NULL, scratch.partial_out),
-      .partial_sums = on_device(NULL, scratch.partial_sums),
+      .partial_lse = on_device(NULL, scratch.partial_lse),
       .merge_counters = on_device(NULL, scratch.merge_counters),
       .merge_abandoned = on_device(NULL, scratch.merge_abandoned),
+      .launches = on_device(NULL, scratch.launches),
       .q_stride_batch = (int64_t)heads * ROW,
       .q_stride_seq = (int64_t)heads * ROW,
       .q_stride_head = ROW,
