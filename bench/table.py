@@ -182,15 +182,15 @@ def headline(results: Sequence[Result]) -> list[str]:
     return ["\\\n".join(map(hardware_line, results)), rows, *filter(None, leads)]
 
 
-def full(result: Result, plot: Path | None) -> list[str]:
-    """All of one GPU: summary, host's part, and, folded, every case and the plot."""
+def full(result: Result, plot: Path | None, *, has_host: bool = True) -> list[str]:
+    """All of one GPU: summary, host's part if asked for, and, folded, every case and the plot."""
     name = result["gpu"]["name"]
     parts = [hardware_line(result)]
     if result["rows"]:
         parts.append(markdown(summary_lines(result), num_words=1))
-    if result.get("host"):
+    if has_host and result.get("host"):
         parts += ["Beside the kernel, µs:", markdown(host_lines(result["host"]), num_words=0)]
-    if result.get("routes"):
+    if has_host and result.get("routes"):
         parts += ["One call by each route, µs:", markdown(route_lines(result["routes"]), num_words=1)]
     parts += [f"<details><summary>Every case on {name}</summary>", markdown(full_lines(result))]
     if plot is not None:
@@ -217,7 +217,11 @@ def rewrite(text: str, results: Sequence[Result], plots: Sequence[Path] = ()) ->
     """
     text = _between(text, "headline", headline(results))
     drawn = {path.stem: path for path in plots}
-    return _between(text, "full", [part for one in results for part in full(one, drawn.get(one["gpu"]["slug"]))])
+    newest = max((one["when"] for one in results), default="")  # what the host does depends on the code, not on the GPU
+    parts = [
+        part for one in results for part in full(one, drawn.get(one["gpu"]["slug"]), has_host=one["when"] == newest)
+    ]
+    return _between(text, "full", parts)
 
 
 def newest_results(folder: Path) -> list[Result]:

@@ -70,7 +70,7 @@ constexpr u32 kRowChunkBytes = kTileRows * kChunkRowBytes;  // 64 columns of all
 constexpr u32 kRowGroups = kTileRows / 8;
 constexpr u32 kAccumulators = kTileRows / 2;                // a thread's share of 64 x kTileRows
 constexpr u32 kThreadRows = kTileRows / 4;                  // query rows that a thread holds scores of
-constexpr u32 kExchangeChunks = kTileRows == 32 ? 2 : 8;            // chunks of O that fit the exchange at once
+constexpr u32 kExchangeChunks = kTileRows == 16 ? 8 : 2;            // chunks of O that fit the exchange at once
 constexpr u32 kOutPitchBytes = kHeadDimV * 2 + kCellBytes;  // of a row of `exchange.out`: 8 rows hit different banks
 
 static_assert(kTileRows == 16 || kTileRows == 32, "O fits one group's registers");
@@ -83,7 +83,7 @@ struct SharedPlan {
   alignas(1024) u16 p[kConsumerGroups][kTileRows * kTileTokens];
   union {
     float4 state[kExchangeChunks * kRowGroups]
-                [kWarpgroupThreads];                // accumulators of group 1 for group 0, in two rounds at 32 rows
+                [kWarpgroupThreads];                // accumulators of group 1 for group 0, in four rounds at 32 rows
     unsigned char out[kTileRows * kOutPitchBytes];  // the result in 16 bits, on its way to memory
   } exchange;
   float maxima[kConsumerGroups][kGroupWarps][kTileRows];  // over a warp's tokens

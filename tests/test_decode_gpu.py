@@ -198,10 +198,10 @@ KERNELS = [
     (1, 64, None, 64, 1),
     (1, 128, None, 64, 2),
     (2, 128, None, 64, 2),  # two clusters: prefetches two tiles ahead
-    (1, 40, 1000, 16, 4),
-    (1, 128, 1000, 16, 8),
+    (1, 40, 1000, 16, 2),
+    (1, 128, 1000, 16, 2),
     (1, 40, 2500, 32, 2),
-    (1, 128, 2500, 32, 4),
+    (1, 128, 2500, 32, 2),
 ]
 # Edges of every page size; the longest outlasts the page ids that a warp holds at once, whatever the size.
 PAGED_LENGTHS = (2500, 0, 257, 16, 47, 129)
@@ -445,6 +445,8 @@ ORDERED_BY_NAMED_BARRIERS = [
     {"join_groups"},
     {"merge_slice", "sum_of_parts"},
 ]
+# Flags that one thread sets and others poll: merge.cuh's `standing` and `items_done`.
+POLLED = [{"set_standing", "standing"}, {"run", "watch"}]
 
 
 def sanitize(tool: str) -> tuple[int, str]:
@@ -467,10 +469,13 @@ def test_racecheck_finds_only_what_named_barriers_order():
     _, log = sanitize("racecheck")
     assert "RACECHECK SUMMARY" in log, log[-3000:]
     # A report is a line "Race reported between A" and lines "and B".
+    unexpected = []
     for report in log.split("Race reported between")[1:]:
         functions = set()
         for function in re.findall(r"access at (.*?)\+0x", report):
             while re.search(r"<[^<>]*>", function):
                 function = re.sub(r"<[^<>]*>", "", function)  # template arguments
             functions.add(function.split("(")[0].split("::")[-1])
-        assert functions in ORDERED_BY_NAMED_BARRIERS, report[:2000]
+        if functions not in [*ORDERED_BY_NAMED_BARRIERS, *POLLED]:
+            unexpected.append((sorted(functions), report[:300]))
+    assert not unexpected, unexpected
