@@ -3,7 +3,7 @@
 // A cell is 16 bytes: four accumulators of one thread, two columns of two query rows (a row pair), divided by the row
 // sums, and the number of the launch. A row pair has another, with the base-2 logarithms of its softmax denominators.
 // The number tells a reader that a cell is there: no flag, no fence and no second look. It costs each value the last 8
-// bits of its mantissa, 2^-16 of the value where the rounding of the result takes up to 2^-9 (bfloat16) or 2^-12.
+// bits of its mantissa, up to 2^-15 of the value where rounding the result takes up to 2^-9 (bfloat16) or 2^-12.
 //
 // A unit is what a warp merges at a time: kUnitCells cells a lane, neighbours in memory from lane to lane.
 #pragma once

@@ -5,8 +5,8 @@
 #include "pipeline.cuh"
 #include "work.cuh"
 
-// The share of one of kWarps warps. Q of each item is loaded whether it has tiles or not: no length has to be known. Rows
-// past the last one are zeros.
+// The share of one of kWarps warps. Q of each item is loaded whether it has tiles or not: no length has to be known.
+// Rows past the last one are zeros.
 template <u32 kWarps, u32 kChunks, u32 kChunkElems>
 class QueryRows {
  public:

@@ -11,13 +11,13 @@
 // products are rounded alike whoever comes last.
 //
 // More splits: every worker writes its state to memory, and when it has no items left merges its own slice of the rows
-// and columns, in split order. It waits only once all splits of the sequence have started, which nothing can hold up any
-// more; a worker that has lost its patience before (another kernel may hold the SMs that the others need) abandons its
-// slice and leaves. The split that starts last merges what was abandoned. So no CTA ever depends on one that has not
-// started.
+// and columns, in split order. Before, it gives the other splits `merge_patience_cycles` to start; if they have not
+// (another kernel may hold the SMs that they need), it abandons its slice and leaves. Once all have started nothing can
+// hold up their states, and it waits for those. The split that starts last merges what was abandoned. So no CTA ever
+// depends on one that has not started.
 //
-// Counters wrap around to zero with the last of a launch: nobody has to clear them. Shares and orders depend on the plan
-// alone: results are bit-identical from call to call.
+// Counters wrap around to zero with the last of a launch: nobody has to clear them. Shares and orders depend on the
+// plan alone: results are bit-identical from call to call.
 #pragma once
 #include "cells.cuh"
 #include "params.cuh"
@@ -65,7 +65,7 @@ enum Standing : u32 {
 // What one worker keeps in shared memory for its merges.
 struct MergeShared {
   SplitGroup groups[2];  // of the first item, of the last one
-  bool is_second[2];     // of these items, if one of two splits: the other split was done before
+  bool is_second[2];     // of these items, if one of two splits: the other split has claimed before
   u32 standing[2];
   u32 launch;            // number that this launch's cells carry
   u32 items_done;
@@ -105,14 +105,15 @@ class SplitMerge {
                                         const RowTable& rows, unsigned char* scratch)
       : params_(params), block_(block), shared_(shared), rows_(rows), scratch_(reinterpret_cast<State*>(scratch)) {}
 
-  // ---- the herald ----
-
   // Before the block meets for the first time, by one thread.
   __device__ __forceinline__ void init() const {
     mbarrier_init(shared_address(&shared_.ready), 1);
     shared_.standing[0] = shared_.standing[1] = kUnknown;
     shared_.items_done = 0;
   }
+
+  // ---- the herald ----
+
   // Reads who shares the worker's first and last item, and tells the other splits that this one has started.
   __device__ __forceinline__ void announce() const {
     const u32 lane = threadIdx.x % kWarpThreads;
@@ -130,8 +131,10 @@ class SplitMerge {
     if (lane == 0) mbarrier_arrive(shared_address(&shared_.ready));
     if (lane == 2) {
       const u32 last = gridDim.x * gridDim.y * gridDim.z - 1;
-      // All CTAs have read the number when the last of them gets here.
-      if (atom_inc_release_gpu(&launches->started, last) == last) st_relaxed_gpu(&launches->number, launch + 1);
+      // All CTAs have read the number when the last of them gets here. No cell carries 0, as memory does at first.
+      if (atom_inc_acq_rel_gpu(&launches->started, last) == last) {
+        st_relaxed_gpu(&launches->number, launch == 0xfffffffeu ? 0 : launch + 1);
+      }
     }
     bool starts_last = false;
     if (group.is_many()) {
@@ -141,6 +144,7 @@ class SplitMerge {
     for (u32 i = 0; i < 2; ++i) {
       if (!__shfl_sync(0xffffffffu, starts_last, i32(i))) continue;
       const SplitGroup& started = shared_.groups[i];
+      __syncwarp();  // the count comes before every lane's fence
       fence_sc_gpu();
       u32 found = 0;
       for (i32 split = i32(lane); split < started.num_splits; split += i32(kWarpThreads)) {
@@ -157,9 +161,11 @@ class SplitMerge {
     const SplitGroup& group = shared_.groups[lane];
     u32* const own_flag = abandoned(group, block_.worker - group.first_worker);
     long long done_at = 0;
+    Watchdog watchdog;
     while (ld_relaxed_gpu(counter(group)) != 0) {
+      watchdog.turn();
       __nanosleep(50);
-      if (*static_cast<volatile u32*>(&shared_.items_done) == 0) continue;
+      if (ld_acquire_shared(shared_address(&shared_.items_done)) == 0) continue;
       if (done_at == 0) done_at = clock64();
       if (clock64() - done_at < params_.merge_patience_cycles) continue;
       // The split that starts last looks at this flag after it has counted itself: if it did so before the flag was
@@ -190,7 +196,7 @@ class SplitMerge {
 
   // Two splits. The first writes its state, the second reads it.
   __device__ __forceinline__ bool is_pair(const Item& item) const { return group_of(item).num_splits == 2; }
-  // By thread 0: counts this split as done.
+  // By thread 0: who comes second reads the other's state.
   __device__ __forceinline__ void claim(const Item& item) const {
     shared_.is_second[item.is_first ? 0 : 1] = atom_inc_relaxed_gpu(counter(group_of(item)), 1) == 1;
   }
@@ -214,7 +220,7 @@ class SplitMerge {
   // Merges the worker's slices of the sequences that it shares with more than one other.
   __device__ __forceinline__ void run() const {
     barrier_cta_sync(kBarrier, kThreads);  // nobody uses the scratch any more
-    if (threadIdx.x == 0) *static_cast<volatile u32*>(&shared_.items_done) = 1;
+    if (threadIdx.x == 0) st_release_shared(shared_address(&shared_.items_done), 1);
     await_groups();
 #pragma unroll 1
     for (u32 i = 0; i < 2; ++i) {
@@ -261,16 +267,18 @@ class SplitMerge {
   const RowTable& rows_;
   State* scratch_;
 
-  // Splits that have started, modulo their number; of two, those that are done.
+  // Splits that have started, modulo their number; of two, those that have claimed.
   __device__ __forceinline__ u32* counter(const SplitGroup& group) const {
     return params_.merge_counters + index_of_block(params_, block_, group.first_worker);
   }
   __device__ __forceinline__ u32* abandoned(const SplitGroup& group, i32 split) const {
     return params_.merge_abandoned + index_of_block(params_, block_, group.slot(split));
   }
-  __device__ __forceinline__ u32 standing(u32 i) const { return *static_cast<volatile u32*>(&shared_.standing[i]); }
+  __device__ __forceinline__ u32 standing(u32 i) const {
+    return ld_acquire_shared(shared_address(&shared_.standing[i]));
+  }
   __device__ __forceinline__ void set_standing(u32 i, Standing standing) const {
-    *static_cast<volatile u32*>(&shared_.standing[i]) = standing;
+    st_release_shared(shared_address(&shared_.standing[i]), standing);
   }
 
   // This worker's slice, and what it inherits.
@@ -294,10 +302,17 @@ class SplitMerge {
   // The first abandoned slice from `split` on, which is then this worker's; the number of splits if there is none.
   __device__ __forceinline__ i32 next_abandoned(const SplitGroup& group, i32 split) const {
     barrier_cta_sync(kBarrier, kThreads);
-    if (threadIdx.x == 0) {
-      while (split < group.num_splits && ld_relaxed_gpu(abandoned(group, split)) == 0) ++split;
-      if (split < group.num_splits) st_relaxed_gpu(abandoned(group, split), 0);
-      shared_.next_split = split;
+    if (threadIdx.x < kWarpThreads) {
+      u32 found = 0;
+      for (; split < group.num_splits; split += i32(kWarpThreads)) {
+        const i32 own = split + i32(threadIdx.x);
+        found = __ballot_sync(0xffffffffu, own < group.num_splits && ld_relaxed_gpu(abandoned(group, own)) != 0);
+        if (found != 0) break;
+      }
+      if (threadIdx.x == 0) {
+        shared_.next_split = found != 0 ? split + __ffs(i32(found)) - 1 : group.num_splits;
+        if (found != 0) st_relaxed_gpu(abandoned(group, shared_.next_split), 0);
+      }
     }
     barrier_cta_sync(kBarrier, kThreads);
     return shared_.next_split;
@@ -309,6 +324,7 @@ class SplitMerge {
     const i32 rows = params_.seq_len_q * params_.heads_per_kv - block_.row_block * i32(Cells::kRows);
     const i32 units = Cells::units(max(0, min(rows, i32(Cells::kRows)))), num_splits = group.num_splits;
     const i32 begin = i32(i64(split) * units / num_splits), end = i32(i64(split + 1) * units / num_splits);
+    if (begin == end) return;
     const i32 warp = i32(threadIdx.x / kWarpThreads);
     i32 parts = 1;
     while (2 * parts * (end - begin) <= kWarps && 2 * parts <= num_splits) parts *= 2;
@@ -437,7 +453,8 @@ class SplitMerge {
       rows[i] = out_row < 0 ? nullptr : params_.out + (first_row + out_row) * kHeadDimV;
       scale[i] = total[i] == 0.f ? 0.f : rcp(total[i]);
       if (at.has_first_column() && out_row >= 0) {
-        params_.lse[first_row + rows_.lse_row[row[i]]] = total[i] == 0.f ? -infinity() : (top[i] + log2f(total[i])) * kLn2;
+        params_.lse[first_row + rows_.lse_row[row[i]]] =
+            total[i] == 0.f ? -infinity() : (top[i] + log2f(total[i])) * kLn2;
       }
     }
     at.template store<Element>(rows, state.sum, scale);

@@ -25,8 +25,8 @@
 //   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory
 //   kGroup+g          named, 128     within group g
 //   kSums             named, 256     both groups: row sums of the item exchanged
-//   kMerge            named, 256     both groups: start-up, at which they load the first item's Q; merges of more than
-//                                    two splits
+//   kMerge            named, 256     both groups: start-up, at which they load the first item's Q; end of all items;
+//                                    merges of more than two splits
 //   merge.ready        1             herald -> both groups: who shares the worker's items
 //
 // Schedule of a pair of tiles (a: even, b: odd). Half of O fits one group's registers, so the groups share its columns
@@ -385,17 +385,18 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void write_partial(uint4* cells, uint4* lses, const float (&lse)[2], const float (&scale)[2],
-                                                u32 launch) {
-    if (shared.rows.out_row[row] < 0) return;
+  __device__ __forceinline__ void write_partial(uint4* cells, uint4* lses, const float (&lse)[2],
+                                                const float (&scale)[2], u32 launch) {
+    if (shared.rows.out_row[row] >= 0) {
 #pragma unroll
-    for (u32 j = 0; j < kGroupColumns / 8; ++j) {
-      st_global_16(cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + j, thread),
-                        pack_cell(out[4 * j] * scale[0], out[4 * j + 1] * scale[0], out[4 * j + 2] * scale[1],
-                                  out[4 * j + 3] * scale[1], launch));
-    }
-    if (kGroupIndex == 0 && lane % 4 == 0) {
-      st_global_16(lses + HeadsOnM::pair_of(thread), pack_lse(lse[0], lse[1], launch));
+      for (u32 j = 0; j < kGroupColumns / 8; ++j) {
+        st_global_16(cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + j, thread),
+                     pack_cell(out[4 * j] * scale[0], out[4 * j + 1] * scale[0], out[4 * j + 2] * scale[1],
+                               out[4 * j + 3] * scale[1], launch));
+      }
+      if (kGroupIndex == 0 && lane % 4 == 0) {
+        st_global_16(lses + HeadsOnM::pair_of(thread), pack_lse(lse[0], lse[1], launch));
+      }
     }
   }
 
@@ -406,9 +407,9 @@ struct Consumer {
     constexpr u32 kInFlight = 8, kWords = 4;
     const bool exists[2] = {shared.rows.out_row[row] >= 0, shared.rows.out_row[row + 8] >= 0};
     uint4 pair;
-    Watchdog watchdog;
+    Watchdog pair_watchdog;
     do {
-      watchdog.turn();
+      pair_watchdog.turn();
       pair = ld_relaxed_gpu_16(lses + HeadsOnM::pair_of(thread));
     } while (!__all_sync(0xffffffffu, pair.w == launch || !exists[0]));
     const SumOfTwo both[2] = {{lse[0], unpack_lse(pair).x}, {lse[1], unpack_lse(pair).y}};
@@ -438,7 +439,8 @@ struct Consumer {
         for (u32 k = 0; k < kWords; ++k) {
           const float4 from = unpack_cell(parts[j + k]);
           const u32 at = 4 * (first + j + k);
-          words[0][k] = cvt_pack<Element>(both[0].of(out[at] * scale[0], from.x), both[0].of(out[at + 1] * scale[0], from.y));
+          words[0][k] =
+              cvt_pack<Element>(both[0].of(out[at] * scale[0], from.x), both[0].of(out[at + 1] * scale[0], from.y));
           words[1][k] =
               cvt_pack<Element>(both[1].of(out[at + 2] * scale[1], from.z), both[1].of(out[at + 3] * scale[1], from.w));
         }
@@ -549,6 +551,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     } else {
       consume<1>(shared, params, block, items, merge);
     }
+    __syncwarp();
     leave_cluster<kClusterCtas>();
     merge.run();
   }

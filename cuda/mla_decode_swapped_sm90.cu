@@ -7,8 +7,8 @@
 //
 // Grid: row blocks x KV heads x workers. A worker walks its items of the split schedule (schedule.cuh); an item that
 // covers its whole sequence writes out and lse, splits are merged as merge.cuh says, in the same launch. With many
-// heads at a small batch, several row blocks form a cluster: each CTA loads a share of every tile and multicasts it to
-// all, so that the partial states stay small and the pages are read once.
+// heads at a small batch, two row blocks form a cluster: each CTA loads half of every tile and multicasts it to both.
+// The partial states stay small, and L2 has half as much to deliver.
 //
 // Roles (384 threads):
 //   warpgroup 0   224 registers  even tiles of an item, all of O; then the sum of both groups' states
@@ -22,10 +22,10 @@
 //   kv_full[s][c]      1 + bytes     TMA -> owner of the tile: chunk c of the tile in stage s has landed
 //   kv_empty[s][0]     4 (warps)     owner of the tile in every CTA of the cluster -> TMA: O += V^T P has read stage s
 //                      a CTA
-//   kGroup+g          named, 128     within group g: maxima, P and row sums exchanged
+//   kGroup+g          named, 128     within group g: maxima, P, row sums exchanged; group 0: claims, staged results
 //   kStates           named, 256     group 1 -> group 0: its state of the item is in shared memory
-//   kMerge            named, 256     both groups: start-up, at which they load the first item's Q; merges of more than
-//                                    two splits
+//   kMerge            named, 256     both groups: start-up, at which they load the first item's Q; end of all items;
+//                                    merges of more than two splits
 //   merge.ready        1             herald -> both groups: who shares the worker's items
 //
 // Schedule of a tile (each group for itself; the two take turns at the matrix units):
@@ -70,7 +70,7 @@ constexpr u32 kRowChunkBytes = kTileRows * kChunkRowBytes;  // 64 columns of all
 constexpr u32 kRowGroups = kTileRows / 8;
 constexpr u32 kAccumulators = kTileRows / 2;                // a thread's share of 64 x kTileRows
 constexpr u32 kThreadRows = kTileRows / 4;                  // query rows that a thread holds scores of
-constexpr u32 kExchangeChunks = kTileRows == 16 ? 8 : 2;            // chunks of O that fit the exchange at once
+constexpr u32 kExchangeChunks = kTileRows == 16 ? 8 : 2;    // chunks of O exchanged at once; more would spill
 constexpr u32 kOutPitchBytes = kHeadDimV * 2 + kCellBytes;  // of a row of `exchange.out`: 8 rows hit different banks
 
 static_assert(kTileRows == 16 || kTileRows == 32, "O fits one group's registers");
@@ -358,9 +358,11 @@ struct Consumer {
     }
   }
 
-  // Group 0, with the state of the whole item, from here on. Log-sum-exp of row i of the thread in base 2, and what O is
-  // to be multiplied by.
-  __device__ __forceinline__ float lse(u32 i) const { return sum[i] == 0.f ? -infinity() : reference[i] + log2f(sum[i]); }
+  // Group 0, with the state of the whole item, from here on. Log-sum-exp of row i of the thread in base 2, and what O
+  // is to be multiplied by.
+  __device__ __forceinline__ float lse(u32 i) const {
+    return sum[i] == 0.f ? -infinity() : reference[i] + log2f(sum[i]);
+  }
   __device__ __forceinline__ float scale(u32 i) const { return sum[i] == 0.f ? 0.f : 1.f / sum[i]; }
 
   __device__ __forceinline__ void write_partial(uint4* cells, uint4* lses, u32 launch) const {
@@ -372,8 +374,8 @@ struct Consumer {
       for (u32 chunk = 0; chunk < kLatentChunks; ++chunk) {
         const float (&from)[kAccumulators] = out[chunk];
         st_global_16(cells + Cells::memory_index(chunk, j, thread),
-                          pack_cell(from[4 * j] * scales[0], from[4 * j + 2] * scales[0], from[4 * j + 1] * scales[1],
-                                    from[4 * j + 3] * scales[1], launch));
+                     pack_cell(from[4 * j] * scales[0], from[4 * j + 2] * scales[0], from[4 * j + 1] * scales[1],
+                               from[4 * j + 3] * scales[1], launch));
       }
       if (warp == 0 && lane < 4) st_global_16(lses + 4 * j + lane, pack_lse(lse(2 * j), lse(2 * j + 1), launch));
     }
@@ -456,7 +458,8 @@ struct Consumer {
             packed[2 * k] = cvt_pack<Element>(value[0], value[1]);
             packed[2 * k + 1] = cvt_pack<Element>(value[2], value[3]);
           }
-          const u32 row = 8 * j + lane / 16 * 8 + lane % 8, column = chunk * kChunkColumns + warp * 16 + lane / 8 % 2 * 8;
+          const u32 row = 8 * j + lane / 16 * 8 + lane % 8;
+          const u32 column = chunk * kChunkColumns + warp * 16 + lane / 8 % 2 * 8;
           stmatrix_x4_trans(staged + row * kOutPitchBytes + column * 2, packed[0], packed[1], packed[2], packed[3]);
         }
       }
@@ -565,6 +568,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     }
     barrier_cta_sync(kMerge, kConsumerThreads);
     consume(shared, params, block, items, merge, __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0));
+    __syncwarp();
     leave_cluster<kClusterCtas>();
     merge.run();
   }

@@ -33,7 +33,7 @@ struct DecodeParams {
   i32 blocks_per_worker;      // num_kv_heads * row_blocks: CTAs that walk the same items
   i32 page_size_log2;
   i32 causal;
-  i32 merge_patience_cycles;  // how long a worker waits for a sequence's other splits; 0: not all CTAs fit the GPU
+  i32 merge_patience_cycles;  // how long a worker waits for other splits to start; 0: not all CTAs fit the GPU
   float softmax_scale_log2;   // softmax_scale * log2(e)
 };
 

@@ -105,9 +105,9 @@ __device__ __forceinline__ void st_relaxed_gpu(u32* address, u32 value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
-// 16 bytes at once: a reader never sees a part of what was written. PTX promises it of 128-bit accesses; stores of four
-// words, which the hardware does not split either, take a third of the time of `st.relaxed.b128` (a partial state of 64
-// rows: 36 against 32 us at b=4, 4K on an H100).
+// 16 bytes at once: a reader never sees a part of what was written. PTX promises it of `b128` accesses on both sides.
+// Stores of four words are not split by the hardware either, and shorter: `st.relaxed.b128` takes 36 us where they take
+// 32 (64 rows, b=4, 4K on an H100). To PTX they are weak, and race with the loads.
 __device__ __forceinline__ uint4 ld_relaxed_gpu_16(const uint4* address) {
   u64 low, high;
   asm volatile(
@@ -133,11 +133,21 @@ __device__ __forceinline__ u32 atom_inc_relaxed_gpu(u32* address, u32 last) {
   asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(last) : "memory");
   return before;
 }
-// The same, after all that this thread has read and written.
-__device__ __forceinline__ u32 atom_inc_release_gpu(u32* address, u32 last) {
+// The same, after all that this thread has read and written, and before all that follows.
+__device__ __forceinline__ u32 atom_inc_acq_rel_gpu(u32* address, u32 last) {
   u32 before;
-  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(last) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(last) : "memory");
   return before;
+}
+
+// A flag in shared memory, from one thread of the block to others, and what was written or known before it.
+__device__ __forceinline__ void st_release_shared(u32 address, u32 value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ u32 ld_acquire_shared(u32 address) {
+  u32 value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
 }
 
 // Of two threads that write, pass this and read what the other has written, at least one sees it.
@@ -165,8 +175,6 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 
 // Returns when every grid this one depends on has completed and its writes are visible.
 __device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-__device__ __forceinline__ void trap() { asm volatile("trap;"); }
 
 // ---- copies ("Data Movement and Conversion Instructions: cp.async, cp.async.bulk.tensor") --------------------------
 

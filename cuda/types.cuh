@@ -1,5 +1,4 @@
-// Integer names, the two element types, and packing of float32 pairs. No headers: NVRTC compiles these sources as they
-// are.
+// Integer names and the two element types. No headers: NVRTC compiles these sources as they are.
 #pragma once
 
 using u16 = unsigned short;

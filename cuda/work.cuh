@@ -23,7 +23,7 @@ __device__ __forceinline__ i64 index_of_block(const DecodeParams& params, const 
 struct QueryRow {
   i32 seq;
   i32 head;
-  bool exists;  // the last row block may be partly empty
+  bool exists;  // the last row blocks may be partly or wholly empty
 
   __device__ __forceinline__ QueryRow(const DecodeParams& params, const Block& block, u32 row) {
     const i32 index = block.row_block * i32(kTileRows) + i32(row);

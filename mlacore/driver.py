@@ -250,7 +250,7 @@ def prepare_decode(
         " x ".join(map(str, grid)),
         kernel.cluster_ctas,
         plan.num_workers,
-        "all their workers" if is_resident else "the last worker, as not all CTAs are resident at once",
+        "all their workers" if is_resident else "those that start last, as not all CTAs are resident at once",
         values["prefetch_tiles"],
     )
     launch = Launch(

@@ -61,11 +61,11 @@ class DecodePlan:
     partial_lse : uint32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows // 2, 4]`` or None
         Their log-sum-exp in base 2, of each two rows, packed likewise.
     merge_counters : uint32 ``[num_workers, num_kv_heads, row_blocks]`` or None
-        Splits of a sequence that have started, by its first worker; zero between calls.
+        Splits of a sequence that have started, or of two those that are done, by its first worker; zero between calls.
     merge_abandoned : uint32 ``[2 * num_workers, num_kv_heads, row_blocks]`` or None
         Slots whose worker did not wait to merge; zero between calls.
     launches : uint32 ``[2]`` or None
-        CTAs of the launch under way that have started, zero between calls; calls made with this plan.
+        CTAs of the launch under way that have started, zero between calls; and the number of calls, modulo ``2**32 - 1``.
     planned_seqlens : int32 ``[batch]`` or None
         The lengths last planned for: the caller's own array, which may have moved on. Only `describe` and `plot` look.
     """

@@ -138,8 +138,8 @@ def test_clusters_of_few_rows(seq_len_q, num_heads, max_seq_len, dtype, cupy):
     check(case, cupy, inputs, plan=plan)
 
 
-def test_a_plan_whose_workers_are_not_resident_is_merged_by_the_last(cupy):
-    """With more CTAs than the GPU runs at once, nobody waits: what is abandoned falls to the last arriver."""
+def test_a_plan_whose_workers_are_not_resident_is_merged_by_those_that_start_last(cupy):
+    """With more CTAs than the GPU runs at once, nobody waits: what is abandoned falls to whoever starts last."""
     case = Case(1, 1, 60_000, 16)
     inputs = make_inputs(case, cupy)
     plan = plan_of(case, inputs, num_workers=900)
@@ -151,6 +151,29 @@ def test_a_plan_whose_workers_are_not_resident_is_merged_by_the_last(cupy):
     assert not plan.merge_counters.any()
     assert not plan.merge_abandoned.any()
     assert plan.launches.tolist() == [0, 7]
+
+
+@pytest.mark.parametrize("num_heads", [16, 32, 128])
+def test_states_of_earlier_launches_are_told_apart(num_heads, cupy):
+    """Scratch memory is never cleared: splits become one, two and many in turn, and numbers begin anew."""
+    inputs = on_device(make_inputs(Case(3, 1, 9000, num_heads)), cupy)
+    options = {"num_heads": num_heads, "num_workers": 12}
+    plan = plan_decode(inputs.cache_seqlens, **options)
+    plan.launches[1] = 2**32 - 8
+    for lengths in (
+        (9000, 9000, 9000),
+        (64, 64, 9000),
+        (64, 640, 640),
+        (64, 64, 64),
+        (9000, 100, 3000),
+        (0, 9000, 0),
+    ) * 2:
+        seqlens = cupy.asarray(lengths, cupy.int32)
+        plan.update(seqlens)
+        now = inputs._replace(cache_seqlens=seqlens)
+        expected = mla_decode(*now, plan=plan_decode(seqlens, **options))
+        assert_same_bits(mla_decode(*now, plan=plan), expected)
+    assert plan.launches.tolist() == [0, 12 - 7]  # no launch had the number 2**32 - 1, so that no cell carries 0
 
 
 @pytest.mark.parametrize("num_heads", [8, 16, 100])

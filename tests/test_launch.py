@@ -131,7 +131,7 @@ def test_log_tells_what_a_launch_is_once_a_shape(fake: FakeDriver, caplog: pytes
     fake.resident[2] = 8  # two workers of four
     driver.resident_ctas.cache_clear()
     mla_decode(**make_call(block_table=gpu_array((3, 5), np.int32)))
-    assert "the last worker, as not all CTAs are resident" in caplog.messages[-1]
+    assert "those that start last, as not all CTAs are resident" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("page_size", params.PAGE_SIZES)
