@@ -141,20 +141,19 @@ def mla_decode(
     try:
         last = plan._last_decode  # type: ignore[union-attr]
     except AttributeError:  # the plan's first call; None; or no plan, which the checks name
-        last = _NO_CALL
-    is_repeated = is_aligned and last.call == call
-    if not is_repeated:
+        last = None
+    if last is None or last.call != call or not is_aligned:
+        last = _of_another_plan(call, plan) if is_aligned else None
+    if last is None:
         scale = checks.check_call(
             q, kv_cache, block_table, cache_seqlens, out, lse, plan, head_dim_v, softmax_scale, causal
         )
     if switches.checks_indices():
         checks.check_indices(block_table, cache_seqlens, len(kv_cache), kv_cache.shape[1], stream)
-    if not is_repeated:
+    if last is None:
         if plan is None:
             plan = _plan_for(q, kv_cache, cache_seqlens, causal, stream)
-        launch = _prepare(call, q, kv_cache, block_table, plan, scale, bool(causal))
-        last = _Checked(call, launch, *launch.addresses_of(plan))
-        object.__setattr__(plan, "_last_decode", last)  # frozen for callers
+        last = _of_another_plan(call, plan) or _prepare(call, q, kv_cache, block_table, plan, scale, bool(causal))
     device = q.data.device_id
     stream = arrays.as_stream(stream, device)
     if out is None or lse is None:
@@ -179,21 +178,18 @@ class _Checked(NamedTuple):
 
     Attributes
     ----------
-    call : tuple or None
-        As `_all_checked`; None of no call.
+    call : tuple
+        As `_all_checked`.
     launch : DecodeLaunch
         What it launches.
     schedule, scratch : bytes
         Addresses that are the plan's, for `launch`.
     """
 
-    call: tuple | None
+    call: tuple
     launch: DecodeLaunch
     schedule: bytes
     scratch: bytes
-
-
-_NO_CALL: Any = _Checked(None, None, b"", b"")  # type: ignore[arg-type]
 
 
 def _all_checked(
@@ -231,25 +227,39 @@ def _all_checked(
     )
 
 
-_prepared: dict[tuple, DecodeLaunch] = {}  # for all plans of one shape
+# Call and shape of the plan -> launch: for a step's new plan, and where calls with one plan differ.
+_prepared: dict[tuple, DecodeLaunch] = {}
 _MAX_PREPARED = 256
 _plan_shape = operator.attrgetter(*(field.name for field in dataclasses.fields(DecodePlan) if field.type != "Any"))
 
 
+def _of_another_plan(call: tuple, plan: Any) -> _Checked | None:
+    """The call, if one like it was found right for a plan of the same shape."""
+    if not isinstance(plan, DecodePlan):
+        return None
+    try:
+        launch = _prepared.get((call, _plan_shape(plan)))
+    except TypeError:  # a scalar that cannot be hashed is a mistake, which the checks name
+        return None
+    return None if launch is None else _remember(call, plan, launch)
+
+
 def _prepare(
     call: tuple, q: Any, kv_cache: Any, block_table: Any, plan: DecodePlan, scale: float, causal: bool
-) -> DecodeLaunch:
-    """The launch of a checked call."""
-    key = call, _plan_shape(plan)
-    launch = _prepared.get(key)
-    if launch is None:
-        from mlacore import driver
+) -> _Checked:
+    from mlacore import driver
 
-        launch = driver.prepare_decode(q, kv_cache, block_table, plan, scale, causal)
-        if len(_prepared) >= _MAX_PREPARED:
-            _prepared.clear()
-        _prepared[key] = launch
-    return launch
+    launch = driver.prepare_decode(q, kv_cache, block_table, plan, scale, causal)
+    if len(_prepared) >= _MAX_PREPARED:
+        _prepared.clear()
+    _prepared[call, _plan_shape(plan)] = launch
+    return _remember(call, plan, launch)
+
+
+def _remember(call: tuple, plan: DecodePlan, launch: DecodeLaunch) -> _Checked:
+    checked = _Checked(call, launch, *launch.addresses_of(plan))
+    object.__setattr__(plan, "_last_decode", checked)  # frozen for callers
+    return checked
 
 
 def _decode_numpy(

@@ -378,6 +378,20 @@ def test_a_changed_array_is_checked_again(fake: FakeDriver, name: str, shape: tu
     assert len(fake.launches) == 2
 
 
+def test_only_a_new_shape_is_checked(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's new plan is not checked again, nor are calls that take turns with one plan."""
+    checked, check = [], decode_checks.check_call
+    monkeypatch.setattr(decode_checks, "check_call", lambda *given: checked.append(given) or check(*given))
+    call = make_call()
+    for _ in range(3):
+        plan = make_plan()
+        for change in ({}, {"block_table": gpu_array((3, 5), np.int32)}) * 2:
+            mla_decode(**call | change | {"plan": plan})
+            fields = fake.launches[-1].fields(params.DECODE_PARAMS)
+            assert (fields["work"], fields["launches"]) == (plan.work.data.ptr, plan.launches.data.ptr)
+    assert len(checked) == 2
+
+
 def test_results_are_checked_where_the_last_call_gave_none(fake: FakeDriver) -> None:
     """What stands for buffers that are not given is never taken for a buffer."""
     call = make_call()
