@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from mlacore import decode_checks as checks
 from mlacore.params import HEAD_DIM_V
 from mlacore.plan import DecodePlan, plan_decode
 from mlacore.ranges import marked
+
+if TYPE_CHECKING:
+    from mlacore.driver import DecodeLaunch
 
 
 @marked("mla_decode")
@@ -89,8 +92,14 @@ def mla_decode(
     mlacore.reference.mla_decode_reference : the same in float64, as the definition.
     """
     given_out, given_lse = out, lse
-    if not arrays.are_cupy(
-        q, kv_cache, block_table, cache_seqlens, q if out is None else out, q if lse is None else lse
+    if not (
+        type(q)
+        is type(kv_cache)
+        is type(block_table)
+        is type(cache_seqlens)
+        is type(q if out is None else out)
+        is type(q if lse is None else lse)
+        is arrays.cupy_type()
     ):
         named = {"q": q, "kv_cache": kv_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
         named |= {name: buffer for name, buffer in (("out", out), ("lse", lse)) if buffer is not None}
@@ -106,51 +115,151 @@ def mla_decode(
         q, kv_cache, block_table, cache_seqlens = (named[n] for n in ("q", "kv_cache", "block_table", "cache_seqlens"))
         out, lse = named.get("out"), named.get("lse")
 
-    layouts = (_layout(q), _layout(kv_cache), _layout(block_table), _layout(cache_seqlens), _layout(out), _layout(lse))
-    # Types too, since True == 1 == 1.0, of which a call takes one.
-    scalars = (head_dim_v, softmax_scale, causal, type(head_dim_v), type(softmax_scale), type(causal))
-    addresses = q.data.ptr | kv_cache.data.ptr | (0 if out is None else out.data.ptr)
-    launch = None
-    if isinstance(plan, DecodePlan) and addresses % shapes.ALIGNMENT_BYTES == 0:
-        try:
-            launch = _prepared.get((layouts, scalars, _plan_shape(plan)))
-        except TypeError:  # a scalar that cannot be hashed is a mistake, named below
-            launch = None
-    if launch is None:
+    # Types too, since True == 1 == 1.0, of which a call takes one. They come first: a value is compared with one of its
+    # own type alone, as an array would answer with an array.
+    call = _all_checked(
+        (
+            type(head_dim_v),
+            type(softmax_scale),
+            type(causal),
+            head_dim_v,
+            softmax_scale,
+            causal,
+            out is None,
+            lse is None,
+        ),
+        q,
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        q if out is None else out,
+        q if lse is None else lse,
+    )
+    q_at, pool_at = q.data.ptr, kv_cache.data.ptr
+    is_aligned = (q_at | pool_at | (0 if out is None else out.data.ptr)) % shapes.ALIGNMENT_BYTES == 0
+    # A serving loop repeats its calls but for addresses, and checking takes longer than launching.
+    try:
+        last = plan._last_decode  # type: ignore[union-attr]
+    except AttributeError:  # the plan's first call; None; or no plan, which the checks name
+        last = None
+    if last is None or last.call != call or not is_aligned:
+        last = _of_another_plan(call, plan) if is_aligned else None
+    if last is None:
         scale = checks.check_call(
             q, kv_cache, block_table, cache_seqlens, out, lse, plan, head_dim_v, softmax_scale, causal
         )
     if switches.checks_indices():
         checks.check_indices(block_table, cache_seqlens, len(kv_cache), kv_cache.shape[1], stream)
-    if plan is None:
-        plan = _plan_for(q, kv_cache, cache_seqlens, causal, stream)
-        launch = _prepared.get((layouts, scalars, _plan_shape(plan)))
-    if launch is None:
-        from mlacore import driver
-
-        launch = driver.prepare_decode(q, kv_cache, block_table, plan, scale, bool(causal))
-        if len(_prepared) >= _MAX_PREPARED:
-            _prepared.clear()
-        _prepared[layouts, scalars, _plan_shape(plan)] = launch
+    if last is None:
+        if plan is None:
+            plan = _plan_for(q, kv_cache, cache_seqlens, causal, stream)
+        last = _of_another_plan(call, plan) or _prepare(call, q, kv_cache, block_table, plan, scale, bool(causal))
     device = q.data.device_id
     stream = arrays.as_stream(stream, device)
     if out is None or lse is None:
         with arrays.on_device(device, stream) as cupy:
             out, lse = _results(cupy, q, out, lse)
-    launch(q, kv_cache, block_table, cache_seqlens, plan, out, lse, stream)
+    addresses = (
+        q_at,
+        pool_at,
+        block_table.data.ptr,
+        cache_seqlens.data.ptr,
+        last.schedule,
+        out.data.ptr,
+        lse.data.ptr,
+        last.scratch,
+    )
+    last.launch.at(stream.ptr, addresses)
     return (out if given_out is None else given_out), (lse if given_lse is None else given_lse)
 
 
-# All that a GPU call is checked for, addresses apart -> its launch. A serving loop repeats few of them, and checking
-# takes longer than launching.
-_prepared: dict[tuple, Any] = {}
+class _Checked(NamedTuple):
+    """A call that was found right, as its plan remembers it, and what such a call launches. It keeps no array.
+
+    Attributes
+    ----------
+    call : tuple
+        As `_all_checked`.
+    launch : DecodeLaunch
+        What it launches.
+    schedule, scratch : bytes
+        Addresses that are the plan's, for `launch`.
+    """
+
+    call: tuple
+    launch: DecodeLaunch
+    schedule: bytes
+    scratch: bytes
+
+
+def _all_checked(
+    options: tuple, q: Any, kv_cache: Any, block_table: Any, cache_seqlens: Any, out: Any, lse: Any
+) -> tuple:
+    """All that is checked of a call with CuPy arrays but their addresses."""
+    # Read on every call, since CuPy's arrays can be reshaped in place; written out, in half the time of a loop. That an
+    # array is contiguous says enough of its strides, and CuPy knows it, while it makes a new tuple to tell them.
+    return (
+        options,
+        q.shape,
+        q._c_contiguous or q.strides,
+        q.dtype,
+        q.data.device_id,
+        kv_cache.shape,
+        kv_cache._c_contiguous or kv_cache.strides,
+        kv_cache.dtype,
+        kv_cache.data.device_id,
+        block_table.shape,
+        block_table._c_contiguous or block_table.strides,
+        block_table.dtype,
+        block_table.data.device_id,
+        cache_seqlens.shape,
+        cache_seqlens._c_contiguous or cache_seqlens.strides,
+        cache_seqlens.dtype,
+        cache_seqlens.data.device_id,
+        out.shape,
+        out._c_contiguous or out.strides,
+        out.dtype,
+        out.data.device_id,
+        lse.shape,
+        lse._c_contiguous or lse.strides,
+        lse.dtype,
+        lse.data.device_id,
+    )
+
+
+# Call and shape of the plan -> launch: for a step's new plan, and where calls with one plan differ.
+_prepared: dict[tuple, DecodeLaunch] = {}
 _MAX_PREPARED = 256
 _plan_shape = operator.attrgetter(*(field.name for field in dataclasses.fields(DecodePlan) if field.type != "Any"))
 
 
-def _layout(array: Any) -> tuple | None:
-    """All that is checked of a CuPy array but its address."""
-    return None if array is None else (array.shape, array.strides, array.dtype, array.data.device_id)
+def _of_another_plan(call: tuple, plan: Any) -> _Checked | None:
+    """The call, if one like it was found right for a plan of the same shape."""
+    if not isinstance(plan, DecodePlan):
+        return None
+    try:
+        launch = _prepared.get((call, _plan_shape(plan)))
+    except TypeError:  # a scalar that cannot be hashed is a mistake, which the checks name
+        return None
+    return None if launch is None else _remember(call, plan, launch)
+
+
+def _prepare(
+    call: tuple, q: Any, kv_cache: Any, block_table: Any, plan: DecodePlan, scale: float, causal: bool
+) -> _Checked:
+    from mlacore import driver
+
+    launch = driver.prepare_decode(q, kv_cache, block_table, plan, scale, causal)
+    if len(_prepared) >= _MAX_PREPARED:
+        _prepared.clear()
+    _prepared[call, _plan_shape(plan)] = launch
+    return _remember(call, plan, launch)
+
+
+def _remember(call: tuple, plan: DecodePlan, launch: DecodeLaunch) -> _Checked:
+    checked = _Checked(call, launch, *launch.addresses_of(plan))
+    object.__setattr__(plan, "_last_decode", checked)  # frozen for callers
+    return checked
 
 
 def _decode_numpy(

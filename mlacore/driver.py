@@ -9,12 +9,12 @@ import ctypes
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from mlacore import jit, libcuda, params
-from mlacore.launch import Launch, TensorMap, make_record, tensor_maps
+from mlacore.launch import Launch, TensorMap, make_record, pack_addresses, tensor_maps
 from mlacore.shapes import LOG2_E
 
 if TYPE_CHECKING:
@@ -146,12 +146,7 @@ _DECODE_ADDRESSES = (
     "merge_abandoned",
     "launches",
 )
-
-
-def launch_plan(cache_seqlens: Any, work: Any, splits: Any, max_splits: int, stream: Any) -> None:
-    """Compute the split schedule on the device (`cuda/mla_plan.cu`)."""
-    launch = prepare_plan(cache_seqlens.data.device_id, len(cache_seqlens), len(work) - 1, max_splits)
-    launch(stream.ptr, (cache_seqlens.data.ptr, work.data.ptr, splits.data.ptr))
+_DECODE_GIVEN = "4P16s2P40s"  # those of a plan as bytes, packed once
 
 
 @functools.lru_cache(maxsize=64)
@@ -261,6 +256,7 @@ def prepare_decode(
         params.DECODE_SHARED_BYTES,
         make_record(params.DECODE_PARAMS, values, _DECODE_ADDRESSES),
         _DECODE_ADDRESSES,
+        given=_DECODE_GIVEN,
         has_leading=True,  # the pool's tensor map
         overlaps_previous=True,
     )
@@ -281,35 +277,13 @@ class DecodeLaunch:
         self._launch = launch
         self._pool_maps = pool_maps
 
-    def __call__(
-        self,
-        q: Any,
-        kv_cache: Any,
-        block_table: Any,
-        cache_seqlens: Any,
-        plan: DecodePlan,
-        out: Any,
-        lse: Any,
-        stream: Any,
-    ) -> None:
-        addresses = (
-            q.data.ptr,
-            kv_cache.data.ptr,
-            block_table.data.ptr,
-            cache_seqlens.data.ptr,
-            plan.work.data.ptr,
-            plan.splits.data.ptr,
-            out.data.ptr,
-            lse.data.ptr,
-            plan.partial_out.data.ptr,
-            plan.partial_lse.data.ptr,
-            plan.merge_counters.data.ptr,
-            plan.merge_abandoned.data.ptr,
-            plan.launches.data.ptr,
-        )
-        self.at(stream.ptr, addresses)
+    def at(self, stream: int, addresses: tuple[int, int, int, int, bytes, int, int, bytes]) -> None:
+        """Launch on the stream with that handle; `addresses` in the order of ``_DECODE_ADDRESSES``, a plan's packed."""
+        self._launch(stream, addresses, self._pool_maps(addresses[1]).address)
 
-    def at(self, stream: int, addresses: Sequence[int]) -> None:
-        """Launch on the stream with that handle; `addresses` in the order of ``_DECODE_ADDRESSES``."""
-        pool_map = self._pool_maps(addresses[1])
-        self._launch(stream, addresses, pool_map.address)
+    @staticmethod
+    def addresses_of(plan: DecodePlan) -> tuple[bytes, bytes]:
+        """The addresses that are a plan's, packed: of its schedule, and of its scratch memory."""
+        schedule = plan.work, plan.splits
+        scratch = plan.partial_out, plan.partial_lse, plan.merge_counters, plan.merge_abandoned, plan.launches
+        return pack_addresses(*(a.data.ptr for a in schedule)), pack_addresses(*(a.data.ptr for a in scratch))

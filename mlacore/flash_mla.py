@@ -213,7 +213,7 @@ def flash_mla_with_kvcache(
             f"(from mlacore.flash_mla.get_mla_metadata)"
         )
     views, is_host = (q, k_cache, block_table, cache_seqlens), False
-    if arrays.are_cupy(*views):
+    if {*map(type, views)} == {arrays.cupy_type()}:
         stream = arrays.current_stream_of(q)
     else:
         named = {"q": q, "k_cache": k_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}

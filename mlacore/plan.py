@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,25 @@ from mlacore.params import HEAD_DIM_V, INVARIANT_SPLIT_TILES, ITEM_COST_TILES, M
 from mlacore.ranges import marked
 from mlacore.schedule_view import ScheduleView
 
+if TYPE_CHECKING:
+    from mlacore.launch import Launch
+
 MAX_WORKERS = 65535
 MAX_KV_HEADS = 65535
 
 
+class _Remembered:
+    """What a plan remembers for its next calls, absent before the first. Not fields, so that a copy, which may have
+    other arrays, begins without, and a pickle too."""
+
+    __slots__ = ("_last_decode", "_planner")
+
+    _last_decode: Any  # `mla_decode`'s
+    _planner: tuple[Launch, int, int]  # the launch of `DecodePlan.update`, addresses of `work` and `splits`
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class DecodePlan:
+class DecodePlan(_Remembered):
     """A split schedule for one batch shape, with the scratch memory that its splits need. Made by `plan_decode`.
 
     Calls that share a GPU plan must run one after another, as on one stream: they share its scratch memory. A plan must
@@ -110,10 +123,20 @@ class DecodePlan:
         if self.device is None:
             self.work[...], self.splits[...] = schedule(lengths, self.num_workers, self.max_splits)
         else:
+            self._launch_planner(lengths, stream)
+        object.__setattr__(self, "planned_seqlens", lengths)  # frozen for callers
+
+    def _launch_planner(self, lengths: Any, stream: Any) -> None:
+        try:
+            launch, work, splits = self._planner
+        except AttributeError:  # the first launch
             from mlacore import driver
 
-            driver.launch_plan(lengths, self.work, self.splits, self.max_splits, stream)
-        object.__setattr__(self, "planned_seqlens", lengths)  # frozen for callers
+            assert self.device is not None
+            launch = driver.prepare_plan(self.device, self.batch, self.num_workers, self.max_splits)
+            work, splits = self.work.data.ptr, self.splits.data.ptr
+            object.__setattr__(self, "_planner", (launch, work, splits))
+        launch(stream.ptr, (lengths.data.ptr, work, splits))
 
     def describe(self, *, stream: Any = None) -> str:
         """The schedule as text: what it is for, totals and balance, then each worker's items.
@@ -239,8 +262,6 @@ def plan_decode(
         work, splits = schedule(lengths, num_workers, max_splits)
         return DecodePlan(**shape | {"kernel": None}, device=None, work=work, splits=splits, planned_seqlens=lengths)
 
-    from mlacore import driver
-
     with arrays.on_device(device, stream) as cupy:
         plan = DecodePlan(
             **shape,
@@ -253,7 +274,7 @@ def plan_decode(
                 for name, extents in scratch(num_workers, shape["num_kv_heads"], shape["kernel"]).items()
             },
         )
-    driver.launch_plan(lengths, plan.work, plan.splits, max_splits, stream)
+    plan._launch_planner(lengths, stream)
     return plan
 
 
@@ -432,7 +453,15 @@ def available_cpus() -> int:
 
 def _take_lengths(cache_seqlens: Any, stream: Any, batch: int | None, device: int | None) -> tuple[Any, Any]:
     """Validated lengths and stream; `device` -1 stands for any GPU."""
-    is_numpy = not arrays.are_cupy(cache_seqlens) and arrays.on_numpy(cache_seqlens=cache_seqlens)
+    if (
+        type(cache_seqlens) is arrays.cupy_type()
+        and cache_seqlens.shape == (batch,)
+        and cache_seqlens.strides == (4,)
+        and cache_seqlens.dtype == arrays.int32
+        and cache_seqlens.data.device_id == device is not None
+    ):
+        return cache_seqlens, arrays.as_stream(stream, device)  # what nearly every update brings
+    is_numpy = arrays.on_numpy(cache_seqlens=cache_seqlens)
     if is_numpy != (device is None):
         got = "a GPU array" if device is None else "a NumPy array"
         raise TypeError(f"cache_seqlens: got {got}, expected one on {arrays.device_name(device)} (from the plan)")

@@ -21,6 +21,7 @@ from mlacore.attention import mla_decode
 from mlacore.cache_layout import RowTransform
 from mlacore.cache_numpy import write_rows
 from mlacore.dispatch import KernelShape
+from mlacore.launch import pack_addresses
 from mlacore.params import HEAD_DIM_V, KV_LORA_RANK, QK_ROPE_HEAD_DIM
 from mlacore.plan import DecodePlan
 
@@ -142,8 +143,9 @@ def prepare_decode(spec: bytes, device: int) -> Launch:
 
     def decode(arguments: list[int], results: list[int], stream: int) -> None:
         q, kv_cache, block_table, cache_seqlens, work, splits = arguments
-        states = _scratch(device, stream, *sizes)
-        attend.at(stream, (q, kv_cache + offset, block_table, cache_seqlens, work, splits, *results, *states))
+        out, lse = results
+        schedule, states = pack_addresses(work, splits), _scratch(device, stream, *sizes)
+        attend.at(stream, (q, kv_cache + offset, block_table, cache_seqlens, schedule, out, lse, states))
 
     return decode
 
@@ -152,15 +154,15 @@ _allocated: list[Any] = []  # scratch memory lives as long as the process
 
 
 @functools.cache
-def _scratch(device: int, stream: int, num_workers: int, num_kv_heads: int, kernel: KernelShape) -> list[int]:
-    """Addresses of the scratch memory of all plans of this size on one stream, where calls run one after another. It is
-    not XLA's, since it has to keep from call to call what the kernel left in it."""
+def _scratch(device: int, stream: int, num_workers: int, num_kv_heads: int, kernel: KernelShape) -> bytes:
+    """Packed addresses of the scratch memory of all plans of this size on one stream, where calls run one after
+    another. It is not XLA's, since it has to keep from call to call what the kernel left in it."""
     with arrays.on_device(device, arrays.as_stream(stream, device)) as cupy:
         states = [
             cupy.zeros(extents, cupy.uint32) for extents in plans.scratch(num_workers, num_kv_heads, kernel).values()
         ]
     _allocated.extend(states)
-    return [state.data.ptr for state in states]
+    return pack_addresses(*(state.data.ptr for state in states))
 
 
 # ---- append --------------------------------------------------------------------------------------------------------

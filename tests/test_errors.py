@@ -33,7 +33,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
     def launch(*arguments: Any) -> None:
         raise AssertionError("the call reached the driver")
 
-    module = types.SimpleNamespace(num_sms=lambda device: 132, launch_plan=launch, prepare_decode=launch)
+    module = types.SimpleNamespace(num_sms=lambda device: 132, prepare_plan=launch, prepare_decode=launch)
     monkeypatch.setitem(sys.modules, "mlacore.driver", module)  # type: ignore[misc]
     monkeypatch.setattr(mlacore, "driver", module, raising=False)
     monkeypatch.setattr(attention, "_prepared", {})
@@ -220,7 +220,9 @@ def test_free_strides_reach_the_driver(driver: Any) -> None:
 
     def prepare(*arguments: Any) -> Any:
         prepared.append(arguments)
-        return lambda *arguments: launched.append(arguments)
+        return types.SimpleNamespace(
+            at=lambda *arguments: launched.append(arguments), addresses_of=lambda plan: (b"", b"")
+        )
 
     driver.prepare_decode = prepare
     call = {
@@ -238,7 +240,7 @@ def test_free_strides_reach_the_driver(driver: Any) -> None:
     inputs = [call[name] for name in ("q", "kv_cache", "block_table", "cache_seqlens")]
     assert [id(got) for got in prepared[0][:4]] == [id(array) for array in (*inputs[:3], plan)]
     assert prepared[0][4:] == (0.5, False)
-    assert [id(got) for got in launched[0]] == [id(given) for given in (*inputs, plan, out, lse, stream)]
+    assert launched == [(stream.ptr, (*(a.data.ptr for a in inputs), b"", out.data.ptr, lse.data.ptr, b""))]
 
 
 # --- which side, which device ----------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ Arrays are CuPy's over made-up addresses; the driver library is one that writes 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
+import pickle
 import threading
 import time
 import types
@@ -328,9 +331,11 @@ def test_other_shapes_and_options_get_a_launch_of_their_own(fake: FakeDriver, ch
         ({"plan": ()}, "plan: got tuple"),
         ({"causal": 0}, "causal: got int"),
         ({"causal": []}, "causal: got list"),
+        ({"causal": np.array([False, False])}, "causal: got ndarray"),
         ({"head_dim_v": 512.0}, None),
         ({"softmax_scale": True}, "softmax_scale: got bool"),
         ({"softmax_scale": [1.0]}, "softmax_scale: got list"),
+        ({"softmax_scale": np.array([1.0, 1.0])}, "softmax_scale: got ndarray"),
         ({"softmax_scale": float("nan")}, "softmax_scale: got nan"),
         ({"stream": "default"}, "stream: got str"),
     ],
@@ -346,13 +351,123 @@ def test_a_mistake_is_named_after_the_right_call(fake: FakeDriver, change: dict[
     assert len(fake.launches) == 2
 
 
-def test_a_changed_array_is_checked_again(fake: FakeDriver) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("q", (3, 128, 2, 576)),
+        ("kv_cache", (12, 1, 64, 576)),
+        ("block_table", (4, 3)),
+        ("cache_seqlens", (1, 3)),
+        ("out", (3, 128, 2, 512)),
+        ("lse", (3, 2, 128)),
+    ],
+)
+def test_a_changed_array_is_checked_again(fake: FakeDriver, name: str, shape: tuple[int, ...]) -> None:
     """Arrays are told apart by what they are, not by which object they are."""
     call = make_call()
     mla_decode(**call)
-    call["block_table"].shape = (4, 3)
-    with pytest.raises(ValueError, match=r"block_table: got shape \(4, 3\)"):
+    before = call[name].shape
+    call[name].shape = shape
+    with pytest.raises(ValueError, match=r"got shape|page_size=1 ") as after_a_call:
         mla_decode(**call)
+    with pytest.raises(ValueError, match=r"got shape|page_size=1 ") as at_first:
+        mla_decode(**call | {"plan": dataclasses.replace(call["plan"])})
+    assert str(after_a_call.value) == str(at_first.value)
+    call[name].shape = before
+    mla_decode(**call)
+    assert len(fake.launches) == 2
+
+
+def test_only_a_new_shape_is_checked(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's new plan is not checked again, nor are calls that take turns with one plan."""
+    checked, check = [], decode_checks.check_call
+    monkeypatch.setattr(decode_checks, "check_call", lambda *given: checked.append(given) or check(*given))
+    call = make_call()
+    for _ in range(3):
+        plan = make_plan()
+        for change in ({}, {"block_table": gpu_array((3, 5), np.int32)}) * 2:
+            mla_decode(**call | change | {"plan": plan})
+            fields = fake.launches[-1].fields(params.DECODE_PARAMS)
+            assert (fields["work"], fields["launches"]) == (plan.work.data.ptr, plan.launches.data.ptr)
+    assert len(checked) == 2
+
+
+def test_results_are_checked_where_the_last_call_gave_none(fake: FakeDriver) -> None:
+    """What stands for buffers that are not given is never taken for a buffer."""
+    call = make_call()
+    mla_decode(**call | {"out": None, "lse": None})
+    for name in ("out", "lse"):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: got "):
+            mla_decode(**call | {"out": None, "lse": None, name: call["q"]})
+    assert len(fake.launches) == 1
+
+
+def test_strides_that_no_index_reaches_do_not_matter(fake: FakeDriver) -> None:
+    call = make_call()
+    for strides in (None, (73728, 1152, 6, 2)):  # the one KV head's
+        mla_decode(**call | {"kv_cache": gpu_array((12, 64, 1, 576), bfloat16, strides=strides)})
+    first, second = (launched.fields(params.DECODE_PARAMS) for launched in fake.launches)
+    assert first | {"kv": None} == second | {"kv": None}
+    first, second = fake.tensor_maps
+    assert first[1:] == second[1:]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (np.empty(3, np.int32), "cache_seqlens: got a NumPy array"),
+        (gpu_array((4,), np.int32), r"cache_seqlens: got shape \(4,\)"),
+        (gpu_array((3, 1), np.int32), r"cache_seqlens: got shape \(3, 1\)"),
+        (gpu_array((3,), np.uint32), "cache_seqlens: got dtype uint32"),
+        (gpu_array((3,), np.int32, strides=(8,)), "cache_seqlens: got strides"),
+        (gpu_array((3,), np.int32, device=1), "cache_seqlens: got cuda:1"),
+    ],
+)
+def test_a_mistake_is_named_after_the_right_update(fake: FakeDriver, lengths: Any, message: str) -> None:
+    plan, right = make_plan(), gpu_array((3,), np.int32)
+    plan.update(right)
+    with pytest.raises((TypeError, ValueError), match=message):
+        plan.update(lengths)
+    with pytest.raises(TypeError, match="stream: got str"):
+        plan.update(right, stream="default")
+    assert len(fake.launches) == 1
+    assert plan.planned_seqlens is right
+
+
+def test_one_sequence_of_any_stride_is_planned(fake: FakeDriver) -> None:
+    plan, lengths = make_plan(batch=1), gpu_array((1,), np.int32, strides=(400,))
+    plan.update(lengths)
+    assert fake.launches[0].fields(params.PLAN_PARAMS)["cache_seqlens"] == lengths.data.ptr
+
+
+@pytest.mark.parametrize(
+    "made_from",
+    [copy.copy, copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan)), dataclasses.replace],
+    ids=["copy", "deepcopy", "pickle", "replace"],
+)
+def test_what_is_made_from_a_plan_remembers_nothing_of_it(fake: FakeDriver, made_from: Any) -> None:
+    def memory(address: int) -> Any:
+        """As much of an array as launches use; it can be pickled."""
+        return types.SimpleNamespace(data=types.SimpleNamespace(ptr=address))
+
+    names = ("work", "splits", *PLAN_SCRATCH)
+    plan = make_plan(**{name: memory(0x1000 * i) for i, name in enumerate(names)})
+    call = make_call(plan=plan)
+    for _ in range(2):
+        plan.update(call["cache_seqlens"])
+        mla_decode(**call)
+    object.__setattr__(plan, "planned_seqlens", None)  # a real array
+    other = made_from(plan)
+    for i, name in enumerate(names):
+        getattr(plan, name).data.ptr = 0  # not looked at again
+        object.__setattr__(other, name, memory(0x2000 * i))
+    other.update(call["cache_seqlens"])
+    mla_decode(**call | {"plan": other})
+    planned, decoded = fake.launches[-2:]
+    assert planned.fields(params.PLAN_PARAMS)["work"] == 0
+    assert planned.fields(params.PLAN_PARAMS)["splits"] == 0x2000
+    fields = decoded.fields(params.DECODE_PARAMS)
+    assert [fields[name] for name in names] == [0x2000 * i for i in range(len(names))]
 
 
 def test_check_switch_is_asked_every_time(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,3 +646,29 @@ def test_threads_do_not_share_parameters(fake: FakeDriver) -> None:
         fields = launched.fields(params.DECODE_PARAMS)
         assert (fields["q"], fields["lse"]) == (call["q"].data.ptr, call["lse"].data.ptr)
         assert launched.record_before == launched.record
+
+
+def test_threads_may_call_one_plan_differently(fake: FakeDriver) -> None:
+    """Each launches what it asked for, whatever call the plan remembers; the GPU runs them one after another."""
+    plan = make_plan()
+    calls = [make_call(plan=plan, block_table=gpu_array((3, columns), np.int32)) for columns in range(1, 5)]
+    failures: list[BaseException] = []
+
+    def work(call: dict[str, Any]) -> None:
+        try:
+            for _ in range(50):
+                mla_decode(**call)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(fake.launches) == 200
+    columns = {call["block_table"].data.ptr: call["block_table"].shape[1] for call in calls}
+    for launched in fake.launches:
+        fields = launched.fields(params.DECODE_PARAMS)
+        assert fields["max_pages"] == columns[fields["block_table"]]

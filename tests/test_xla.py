@@ -22,6 +22,7 @@ from mlacore import plan as plans
 from mlacore.arrays import bfloat16, int32
 from mlacore.cache_layout import RowTransform
 from mlacore.cache_numpy import write_rows
+from mlacore.launch import pack_addresses
 
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_size_t
 
@@ -275,7 +276,7 @@ def test_decode_launches_what_an_eager_call_does(fake, layer, device):
     got, expected = launched.fields(params.DECODE_PARAMS), eager.fields(params.DECODE_PARAMS)
     assert {name for name in got if got[name] != expected[name]} == set(SCRATCH)
     own = xla_targets._scratch(device, 0x5770, plan.num_workers, 1, plan.kernel)
-    assert [got[name] for name in SCRATCH] == own
+    assert pack_addresses(*(got[name] for name in SCRATCH)) == own
     assert own != xla_targets._scratch(device, 0x5771, plan.num_workers, 1, plan.kernel), "one for each stream"
 
 
