@@ -100,7 +100,8 @@ def routes(stream: Any, torch: Any) -> list[dict[str, Any]]:
     times = {"CuPy arrays": host_us(own, stream)}
     if torch is not None:
         tensors = {name: torch.from_dlpack(array) for name, array in (arguments | buffers).items()}
-        times["torch tensors"] = host_us(eager(**tensors), stream)
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):  # as a torch program has it: one stream
+            times["torch tensors"] = host_us(eager(**tensors), stream)
     if (jax := _jax_on_gpu()) is not None:
         imported = {name: jax.device_put(to_host(array)) for name, array in arguments.items()}
         times["JAX arrays"] = host_us(eager(**imported), stream)

@@ -130,6 +130,14 @@ def to_device(argument: str, array: Any, stream: Any = None) -> Any:
             raise TypeError(f"{argument}: got {type(array).__name__} that CuPy cannot view: {error}") from error
 
 
+def all_to_device(named: dict[str, Any], stream: Any = None) -> dict[str, Any]:
+    """`to_device` of several arrays. Device and stream are entered once: that takes longer than most imports."""
+    foreign = next((array for array in named.values() if not is_cupy(array)), None)
+    once = stream is not None and foreign is not None and is_gpu(foreign)
+    with on_device(_foreign_device(foreign), stream) if once else contextlib.nullcontext():
+        return {name: to_device(name, array, stream) for name, array in named.items()}
+
+
 def check_writable(argument: str, array: Any) -> None:
     """Raise ValueError if `array` must not be written: as NumPy's flags, JAX's arrays, DLPack's flag or
     ``__cuda_array_interface__`` say. A CuPy array no longer knows what it was imported from."""

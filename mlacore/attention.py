@@ -378,5 +378,4 @@ def _on_device_of(array: Any, stream: Any) -> Any:
 
 
 def _to_device(named: dict[str, Any], stream: Any) -> dict[str, Any]:
-    importer = None if stream is None else arrays.as_stream(stream)
-    return {name: arrays.to_device(name, array, importer) for name, array in named.items()}
+    return arrays.all_to_device(named, None if stream is None else arrays.as_stream(stream))

@@ -288,7 +288,8 @@ def test_every_route_that_there_is(gpu, monkeypatch):
     def library(name):
         return lambda array: given.append({name}) or array
 
-    torch = types.SimpleNamespace(from_dlpack=library("torch"))
+    streams = types.SimpleNamespace(stream=lambda _: contextlib.nullcontext(), ExternalStream=lambda handle: handle)
+    torch = types.SimpleNamespace(from_dlpack=library("torch"), cuda=streams)
     jax = types.SimpleNamespace(device_put=library("jax"))
     monkeypatch.setattr(host, "_jax_on_gpu", lambda: jax)
     monkeypatch.setattr(host, "jit_us", lambda batch, num_heads, layers: 7.0 if layers == host.LAYERS else 0.0)
