@@ -92,13 +92,16 @@ class PagePool:
 
     def release(self, pages: np.ndarray) -> None:
         """One holder less for each of `pages`, which may repeat. Those without one become free, or cached, in order."""
-        is_shared = (self.refs[pages] > 1).any()
-        np.subtract.at(self.refs, pages, 1)
-        left = pages[self.refs[pages] == 0]
-        if is_shared:  # a page that all its holders give up at once is listed by each of them
+        if np.count_nonzero(self.refs[pages] > 1):
+            np.subtract.at(self.refs, pages, 1)
+            left = pages[self.refs[pages] == 0]
+            # A page that all its holders give up at once is listed by each of them.
             left = left[np.sort(np.unique(left, return_index=True)[1])]
+        else:
+            self.refs[pages] = 0
+            left = pages
         findable = self.is_findable[left]
-        if findable.any():
+        if np.count_nonzero(findable):
             self._cached.update(dict.fromkeys(left[findable].tolist()))
             left = left[~findable]
         self._stack[self._num_stacked : self._num_stacked + len(left)] = left
