@@ -88,20 +88,20 @@ class TableChanges(NamedTuple):
         begin = n * NUM_FIELDS
         packed = np.empty(begin + len(pages), np.int32)
         packed[:n] = seqs
-        packed[n : 2 * n] = lengths
+        packed[LENGTH * n : TOKENS * n] = lengths
         # By slices of the packed array: a view for each field costs as much as the field.
         if isinstance(tokens, int):
-            packed[2 * n : begin] = _even_fields(n, tokens)
+            packed[TOKENS * n : begin] = _even_fields(n, tokens)
             longest, reserves = max(tokens, 0) if n else 0, tokens < 0
             total = longest * n
         else:
-            packed[2 * n : 3 * n] = tokens
-            asked = np.maximum(packed[2 * n : 3 * n], 0)
+            packed[TOKENS * n : SLOTS_AT * n] = tokens
+            asked = np.maximum(packed[TOKENS * n : SLOTS_AT * n], 0)
             ends = asked.cumsum()
-            packed[3 * n : 4 * n] = ends - asked
-            packed[4 * n : begin] = 0
+            packed[SLOTS_AT * n : NUM_PAGES * n] = ends - asked
+            packed[NUM_PAGES * n : begin] = 0
             total, longest = (int(ends[-1]), int(asked.max())) if n else (0, 0)
-            reserves = bool(np.count_nonzero(packed[2 * n : 3 * n] < 0))
+            reserves = bool(np.count_nonzero(packed[TOKENS * n : SLOTS_AT * n] < 0))
         if len(pages):
             packed[begin:] = pages
             if some is None:
@@ -109,13 +109,13 @@ class TableChanges(NamedTuple):
                 some = num_pages.nonzero()[0]
                 num_pages = num_pages.take(some)
             if len(some) == len(pages):  # one each, as in most decode steps
-                packed[4 * n : 5 * n][some] = 1
-                packed[5 * n : begin][some] = np.arange(begin, len(packed), dtype=np.int32)
+                packed[NUM_PAGES * n : PAGES_AT * n][some] = 1
+                packed[PAGES_AT * n : begin][some] = np.arange(begin, len(packed), dtype=np.int32)
                 longest = max(longest, 1)
             else:
                 assert num_pages is not None
-                packed[4 * n : 5 * n][some] = num_pages
-                packed[5 * n : begin][some] = num_pages.cumsum() - num_pages + begin
+                packed[NUM_PAGES * n : PAGES_AT * n][some] = num_pages
+                packed[PAGES_AT * n : begin][some] = num_pages.cumsum() - num_pages + begin
                 longest = max(longest, int(num_pages.max()))
         return cls(packed, seqs.astype(np.intp, copy=False), total, longest, reserves)
 
@@ -159,15 +159,15 @@ def apply_changes_numpy(
     page_size : int
         Tokens of a page.
     """
-    records, rows = changes.records, changes.rows
-    lengths, tokens = records[LENGTH], records[TOKENS]
+    packed, rows = changes.packed, changes.rows
+    n = len(rows)
+    lengths, tokens = packed[LENGTH * n : TOKENS * n], packed[TOKENS * n : SLOTS_AT * n]
     ends = lengths - np.minimum(tokens, 0) if changes.reserves else lengths
     cache_seqlens[rows] = lengths
     limits[rows] = np.where(tokens < 0, ends, 0) if changes.reserves else 0
 
-    if len(changes.packed) > records.size:
-        new_pages = changes.packed[records.size :]  # in the order of their records
-        num_pages = records[NUM_PAGES]
+    if len(packed) > n * NUM_FIELDS:
+        new_pages, num_pages = packed[n * NUM_FIELDS :], packed[NUM_PAGES * n : PAGES_AT * n]
         some = num_pages.nonzero()[0]
         if len(some) == len(new_pages):  # one each, as in most decode steps
             block_table[rows[some], (ends[some] - 1) // page_size] = new_pages
@@ -186,7 +186,9 @@ def apply_changes_numpy(
         begins = columns * page_size
         in_page = np.minimum(begins + page_size, lengths[owner]) - np.maximum(begins, starts[owner])
         ahead = block_table[rows[owner], columns].astype(np.int64) * page_size - begins  # of the position
-        np.add(np.arange(changes.num_tokens), (starts - records[SLOTS_AT]).repeat(asked), out=where[1])
+        np.add(
+            np.arange(changes.num_tokens), (starts - packed[SLOTS_AT * n : NUM_PAGES * n]).repeat(asked), out=where[1]
+        )
         np.add(where[1], ahead.repeat(in_page), out=where[0])
 
 

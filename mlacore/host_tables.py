@@ -110,6 +110,8 @@ class HostTables:
     def __init__(self, num_pages: int, page_size: int, max_seqs: int, max_seq_len: int) -> None:
         self.page_size, self.max_seqs, self.max_seq_len = page_size, max_seqs, max_seq_len
         max_pages = min(-(-max_seq_len // page_size), num_pages)
+        # A decode step begins one page a row at most, and its lengths are int32 even where they are too long.
+        self._longest_step = min(page_size, _INT32_MAX - max_seq_len)
         self.pool = PagePool(num_pages)
         self.table = np.full((max_seqs, max_pages), _NO_PAGE, np.int32)
         self.seq_lens = np.zeros(max_seqs, np.int32)
@@ -117,7 +119,7 @@ class HostTables:
         self.pages_held = np.zeros(max_seqs, np.int64)
         self.sealed = np.zeros(max_seqs, bool)
         self.alive = np.zeros(max_seqs, bool)
-        self.clear_until = np.zeros(max_seqs, np.int64)
+        self.clear_until = np.zeros(max_seqs, np.int32)
         self.generation = 0  # counts changes of `alive`
 
     # ---- changes ---------------------------------------------------------------------------------------------------
@@ -377,7 +379,7 @@ class HostTables:
     def _decode_step(self, rows: np.ndarray, count: int) -> Change | None:
         """`changes_to_grow` for what decoding asks for step after step: a token or a few for each row, some of which
         begin a page; None where there is more to look at. Most of what it looks at is one number a row."""
-        if not 0 < count <= min(self.page_size, _INT32_MAX - self.max_seq_len):
+        if not 0 < count <= self._longest_step:
             return None
         rows = rows.astype(np.intp, copy=False)
         lengths = self.seq_lens.take(rows) + count
@@ -385,7 +387,8 @@ class HostTables:
         if not len(begin):
             return Change(TableChanges.pack(rows, lengths=lengths, tokens=count), clear_until=_NO_PAGES)
         beginners = rows[begin]
-        clear_until = np.minimum(self.clear_until[beginners] + self.page_size, self.max_seq_len)
+        # One page further, at most to max_seq_len: in this order, since it may be the largest int32.
+        clear_until = np.minimum(self.clear_until[beginners], self.max_seq_len - self.page_size) + self.page_size
         if np.count_nonzero(lengths[begin] > clear_until):  # sealed or reserved, or at max_seq_len
             return None
         claimed = self._claim(len(begin), len(rows), count)

@@ -67,19 +67,22 @@ class PagePool:
 
     def next_pages(self, count: int, keep: np.ndarray = _NO_PAGES) -> np.ndarray:
         """The next `count` pages to claim, of which `num_free` less those in `keep` there must be; changes nothing."""
-        stacked = self._stack[max(0, self._num_stacked - count) : self._num_stacked][::-1]
-        if len(stacked) == count:
-            return stacked
+        top = self._num_stacked
+        if count <= top:
+            return self._stack[top - count : top][::-1]
+        stacked = self._stack[:top][::-1]
         kept = set(keep.tolist())
         oldest = islice((page for page in self._cached if page not in kept), count - len(stacked))
         return np.concatenate([stacked, np.fromiter(oldest, np.int32)])
 
     def claim(self, pages: np.ndarray) -> None:
         """Give `pages`, from `next_pages`, their first holder; what was cached in them is forgotten."""
-        num_stacked = min(len(pages), self._num_stacked)
-        self._num_stacked -= num_stacked
-        cached = pages[num_stacked:]
-        if len(cached):
+        num_stacked = self._num_stacked
+        if len(pages) <= num_stacked:
+            self._num_stacked -= len(pages)
+        else:
+            self._num_stacked = 0
+            cached = pages[num_stacked:]
             _consume(map(self._cached.pop, cached.tolist()))
             self.forget(cached)
         self.refs[pages] = 1
