@@ -49,6 +49,8 @@ class TableChanges(NamedTuple):
         Largest number of pages or asked tokens of one record.
     reserves : bool
         Whether the device may add tokens to a row.
+    entries : pair of numpy.ndarray or None
+        Rows and columns of the new pages, where that is known; the records say it too.
     """
 
     packed: np.ndarray
@@ -56,6 +58,7 @@ class TableChanges(NamedTuple):
     num_tokens: int
     longest: int
     reserves: bool
+    entries: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def num_changes(self) -> int:
@@ -78,9 +81,10 @@ class TableChanges(NamedTuple):
         num_pages: np.ndarray | None = None,
         pages: Any = (),
         some: np.ndarray | None = None,
+        entries: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> TableChanges:
         """Pack `[n]` values per field, or one for all; `pages` are the new pages of all records, one after the other.
-        With `some`, these records get a page each, and `num_pages` is not asked for.
+        With `some`, these records get a page each, at `entries`, and `num_pages` is not asked for.
 
         The tokens asked for must lie in pages that the row holds already or gets here.
         """
@@ -117,7 +121,7 @@ class TableChanges(NamedTuple):
                 packed[NUM_PAGES * n : PAGES_AT * n][some] = num_pages
                 packed[PAGES_AT * n : begin][some] = num_pages.cumsum() - num_pages + begin
                 longest = max(longest, int(num_pages.max()))
-        return cls(packed, seqs.astype(np.intp, copy=False), total, longest, reserves)
+        return cls(packed, seqs.astype(np.intp, copy=False), total, longest, reserves, entries)
 
     @property
     def records(self) -> np.ndarray:
@@ -166,15 +170,14 @@ def apply_changes_numpy(
     cache_seqlens[rows] = lengths
     limits[rows] = np.where(tokens < 0, ends, 0) if changes.reserves else 0
 
-    if len(packed) > n * NUM_FIELDS:
-        new_pages, num_pages = packed[n * NUM_FIELDS :], packed[NUM_PAGES * n : PAGES_AT * n]
-        some = num_pages.nonzero()[0]
-        if len(some) == len(new_pages):  # one each, as in most decode steps
-            block_table[rows[some], (ends[some] - 1) // page_size] = new_pages
-        else:
-            owner, nth = spread(num_pages)
-            first_columns = -(-ends // page_size) - num_pages
-            block_table[rows[owner], first_columns[owner] + nth] = new_pages
+    new_pages = packed[n * NUM_FIELDS :]  # in the order of their records
+    if changes.entries is not None:
+        block_table[changes.entries] = new_pages
+    elif len(new_pages):
+        num_pages = packed[NUM_PAGES * n : PAGES_AT * n]
+        owner, nth = spread(num_pages)
+        first_columns = -(-ends // page_size) - num_pages
+        block_table[rows[owner], first_columns[owner] + nth] = new_pages
 
     if where is not None and changes.num_tokens:
         # Token by token only what must be: the tokens that a row puts into one page follow one another there.

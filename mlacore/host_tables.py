@@ -391,10 +391,11 @@ class HostTables:
         clear_until = np.minimum(self.clear_until[beginners], self.max_seq_len - self.page_size) + self.page_size
         if np.count_nonzero(lengths[begin] > clear_until):  # sealed or reserved, or at max_seq_len
             return None
-        claimed = self._claim(len(begin), len(rows), count)
-        tables = TableChanges.pack(rows, lengths=lengths, tokens=count, pages=claimed, some=begin)
-        held = beginners, self.pages_held[beginners] + 1
-        return Change(tables, held=held, claimed=claimed, clear_until=clear_until)
+        claimed, held = self._claim(len(begin), len(rows), count), self.pages_held[beginners]
+        tables = TableChanges.pack(
+            rows, lengths=lengths, tokens=count, pages=claimed, some=begin, entries=(beginners, held)
+        )
+        return Change(tables, held=(beginners, held + 1), claimed=claimed, clear_until=clear_until)
 
     def _last_pages(self, rows: np.ndarray, held: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The last ``counts[i]`` pages of ``rows[i]``, which holds ``held[i]``. Reversed, so that the deepest is reused
