@@ -91,9 +91,9 @@ class TableChanges(NamedTuple):
         n = len(seqs)
         begin = n * NUM_FIELDS
         packed = np.empty(begin + len(pages), np.int32)
+        # By slices of the packed array, since a two-dimensional view of the records costs as much as three of these.
         packed[:n] = seqs
         packed[LENGTH * n : TOKENS * n] = lengths
-        # By slices of the packed array: a view for each field costs as much as the field.
         if isinstance(tokens, int):
             packed[TOKENS * n : begin] = _even_fields(n, tokens)
             longest, reserves = max(tokens, 0) if n else 0, tokens < 0
@@ -189,9 +189,8 @@ def apply_changes_numpy(
         begins = columns * page_size
         in_page = np.minimum(begins + page_size, lengths[owner]) - np.maximum(begins, starts[owner])
         ahead = block_table[rows[owner], columns].astype(np.int64) * page_size - begins  # of the position
-        np.add(
-            np.arange(changes.num_tokens), (starts - packed[SLOTS_AT * n : NUM_PAGES * n]).repeat(asked), out=where[1]
-        )
+        shifts = starts - packed[SLOTS_AT * n : NUM_PAGES * n]
+        np.add(np.arange(changes.num_tokens), shifts.repeat(asked), out=where[1])
         np.add(where[1], ahead.repeat(in_page), out=where[0])
 
 

@@ -296,6 +296,7 @@ class HostTables:
         return -(-lengths // self.page_size)
 
     def _clear_until(self, rows: np.ndarray) -> np.ndarray:
+        """What `clear_until` must be for `rows`, from what the books say about them otherwise."""
         ends = np.minimum(self.pages_held.take(rows) * self.page_size, self.max_seq_len)
         ends[self.sealed.take(rows) | (self.limits.take(rows) > 0)] = _NOT_CLEAR
         return ends
