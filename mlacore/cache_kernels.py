@@ -6,7 +6,6 @@ attention, what a launch fixes (strides, counts) is laid out once and remembered
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -70,10 +69,21 @@ def launch_update(
     launch = _update_launch(
         table.device_id, words, block_table.shape[1], len(changes.rows), changes.num_tokens, page_size
     )
-    by_value = np.empty(words, np.int32)
-    by_value[: len(packed)] = packed
     addresses = (table.ptr, cache_seqlens.data.ptr, limits.data.ptr, where.data.ptr)
-    launch(stream.ptr, addresses, ctypes.addressof(ctypes.c_char.from_buffer(by_value.data)))  # a third of .ctypes.data
+    spare = _by_value[words]
+    try:
+        by_value, address = spare.pop()
+    except IndexError:
+        by_value = np.empty(words, np.int32)
+        address = by_value.ctypes.data
+    by_value[: len(packed)] = packed
+    launch(stream.ptr, addresses, address)
+    spare.append((by_value, address))  # the driver has copied it
+
+
+# Memory that launches by value have used, and its address, which NumPy takes a while to say. As `Launch` keeps its
+# frames: whoever takes one has it alone, as a list's pop and append are atomic.
+_by_value: dict[int, list[tuple[np.ndarray, int]]] = {words: [] for words in params.UPDATE_WORDS}
 
 
 @functools.lru_cache(maxsize=256)

@@ -112,6 +112,9 @@ class HostTables:
         max_pages = min(-(-max_seq_len // page_size), num_pages)
         # A decode step begins one page a row at most, and its lengths are int32 even where they are too long.
         self._longest_step = min(page_size, _INT32_MAX - max_seq_len)
+        # As arrays: for the few rows that begin a page, converting an int takes NumPy longer than the sum.
+        page = min(page_size, max_seq_len)
+        self._page, self._last_begin = np.array(page, np.int32), np.array(max_seq_len - page, np.int32)
         self.pool = PagePool(num_pages)
         self.table = np.full((max_seqs, max_pages), _NO_PAGE, np.int32)
         self.seq_lens = np.zeros(max_seqs, np.int32)
@@ -389,7 +392,7 @@ class HostTables:
             return Change(TableChanges.pack(rows, lengths=lengths, tokens=count), clear_until=_NO_PAGES)
         beginners = rows[begin]
         # One page further, at most to max_seq_len: in this order, since it may be the largest int32.
-        clear_until = np.minimum(self.clear_until[beginners], self.max_seq_len - self.page_size) + self.page_size
+        clear_until = np.minimum(self.clear_until[beginners], self._last_begin) + self._page
         if np.count_nonzero(lengths[begin] > clear_until):  # sealed or reserved, or at max_seq_len
             return None
         claimed, held = self._claim(len(begin), len(rows), count), self.pages_held[beginners]
