@@ -15,8 +15,7 @@ step with no record at all.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,29 +34,36 @@ MAX_BLOCKS_Y = 65535
 cuda: Any = None  # numba.cuda, from the first launch on: the kernels' bodies name it as a global
 
 
-@dataclass(frozen=True, slots=True)
-class TableChanges:
+class TableChanges(NamedTuple):
     """What one step changes, packed for one upload.
 
     Attributes
     ----------
     packed : numpy.ndarray
         int32 ``[NUM_FIELDS * num_changes + new pages]``.
-    num_changes : int
-        Rows of the table that change, each once.
+    rows : numpy.ndarray
+        ``[num_changes]``: the records' rows once more, as what NumPy indexes with (it converts an int32 each time).
     num_tokens : int
         Tokens whose slots are asked for, over all records.
     longest : int
         Largest number of pages or asked tokens of one record.
     reserves : bool
         Whether the device may add tokens to a row.
+    entries : pair of numpy.ndarray or None
+        Rows and columns of the new pages, where that is known; the records say it too.
     """
 
     packed: np.ndarray
-    num_changes: int
+    rows: np.ndarray
     num_tokens: int
     longest: int
     reserves: bool
+    entries: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def num_changes(self) -> int:
+        """Rows of the table that change, each once."""
+        return len(self.rows)
 
     @property
     def end(self) -> int:
@@ -75,45 +81,47 @@ class TableChanges:
         num_pages: np.ndarray | None = None,
         pages: Any = (),
         some: np.ndarray | None = None,
+        entries: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> TableChanges:
         """Pack `[n]` values per field, or one for all; `pages` are the new pages of all records, one after the other.
-        With `some`, `num_pages` is that of these records, at least 1, and of the others 0.
+        With `some`, these records get a page each, at `entries`, and `num_pages` is not asked for.
 
         The tokens asked for must lie in pages that the row holds already or gets here.
         """
         n = len(seqs)
-        packed = np.empty(n * NUM_FIELDS + len(pages), np.int32)
-        records = packed[: n * NUM_FIELDS].reshape(NUM_FIELDS, n)
-        records[SEQ] = seqs
-        records[LENGTH] = lengths
-        records[TOKENS] = tokens
+        begin = n * NUM_FIELDS
+        packed = np.empty(begin + len(pages), np.int32)
+        # By slices of the packed array, since a two-dimensional view of the records costs as much as three of these.
+        packed[:n] = seqs
+        packed[LENGTH * n : TOKENS * n] = lengths
         if isinstance(tokens, int):
+            packed[TOKENS * n : begin] = _even_fields(n, tokens)
             longest, reserves = max(tokens, 0) if n else 0, tokens < 0
             total = longest * n
-            records[SLOTS_AT] = _even_slots(n, longest)
         else:
-            asked = np.maximum(records[TOKENS], 0)
-            ends = np.cumsum(asked)
-            records[SLOTS_AT] = ends - asked
+            packed[TOKENS * n : SLOTS_AT * n] = tokens
+            asked = np.maximum(packed[TOKENS * n : SLOTS_AT * n], 0)
+            ends = asked.cumsum()
+            packed[SLOTS_AT * n : NUM_PAGES * n] = ends - asked
+            packed[NUM_PAGES * n : begin] = 0
             total, longest = (int(ends[-1]), int(asked.max())) if n else (0, 0)
-            reserves = bool((records[TOKENS] < 0).any())
-        if num_pages is None:  # most steps
-            records[NUM_PAGES:] = 0
-            return cls(packed, n, total, longest, reserves)
-        packed[n * NUM_FIELDS :] = pages
-        if some is None:
-            some = num_pages.nonzero()[0]
-            num_pages = num_pages.take(some)
-        records[NUM_PAGES:] = 0
-        if 0 < len(some) == len(pages):  # one each, as in most decode steps
-            records[NUM_PAGES][some] = 1
-            records[PAGES_AT][some] = np.arange(n * NUM_FIELDS, n * NUM_FIELDS + len(some))
-            longest = max(longest, 1)
-        elif len(some):
-            records[NUM_PAGES][some] = num_pages
-            records[PAGES_AT][some] = np.cumsum(num_pages) - num_pages + n * NUM_FIELDS
-            longest = max(longest, int(num_pages.max()))
-        return cls(packed, n, total, longest, reserves)
+            reserves = bool(np.count_nonzero(packed[TOKENS * n : SLOTS_AT * n] < 0))
+        if len(pages):
+            packed[begin:] = pages
+            if some is None:
+                assert num_pages is not None
+                some = num_pages.nonzero()[0]
+                num_pages = num_pages.take(some)
+            if len(some) == len(pages):  # one each, as in most decode steps
+                packed[NUM_PAGES * n : PAGES_AT * n][some] = 1
+                packed[PAGES_AT * n : begin][some] = np.arange(begin, len(packed), dtype=np.int32)
+                longest = max(longest, 1)
+            else:
+                assert num_pages is not None
+                packed[NUM_PAGES * n : PAGES_AT * n][some] = num_pages
+                packed[PAGES_AT * n : begin][some] = num_pages.cumsum() - num_pages + begin
+                longest = max(longest, int(num_pages.max()))
+        return cls(packed, seqs.astype(np.intp, copy=False), total, longest, reserves, entries)
 
     @property
     def records(self) -> np.ndarray:
@@ -122,8 +130,13 @@ class TableChanges:
 
 
 @functools.lru_cache(maxsize=16)
-def _even_slots(num_changes: int, each: int) -> np.ndarray:
-    return np.arange(num_changes, dtype=np.int32) * each
+def _even_fields(num_changes: int, tokens: int) -> np.ndarray:
+    """The fields from TOKENS on where all records ask for as many and get no pages."""
+    fields = np.zeros((NUM_FIELDS - TOKENS, num_changes), np.int32)
+    fields[0] = tokens
+    fields[SLOTS_AT - TOKENS] = np.arange(num_changes) * max(tokens, 0)
+    fields.flags.writeable = False
+    return fields.ravel()
 
 
 def apply_changes_numpy(
@@ -150,29 +163,35 @@ def apply_changes_numpy(
     page_size : int
         Tokens of a page.
     """
-    records = changes.records
-    seqs, lengths, tokens = records[SEQ], records[LENGTH], records[TOKENS]
+    packed, rows = changes.packed, changes.rows
+    n = len(rows)
+    lengths, tokens = packed[LENGTH * n : TOKENS * n], packed[TOKENS * n : SLOTS_AT * n]
     ends = lengths - np.minimum(tokens, 0) if changes.reserves else lengths
-    cache_seqlens[seqs] = lengths
-    limits[seqs] = np.where(tokens < 0, ends, 0) if changes.reserves else 0
+    cache_seqlens[rows] = lengths
+    limits[rows] = np.where(tokens < 0, ends, 0) if changes.reserves else 0
 
-    if len(changes.packed) > records.size:  # most decode steps claim few pages
-        new_pages = changes.packed[records.size :]  # in the order of their records
-        num_pages = records[NUM_PAGES]
-        some = num_pages.nonzero()[0]
-        if len(some) == len(new_pages):
-            block_table[seqs.take(some), (ends.take(some) - 1) // page_size] = new_pages
-        else:
-            owner, nth = spread(num_pages)
-            first_columns = -(-ends // page_size) - num_pages
-            block_table[seqs[owner], first_columns[owner] + nth] = new_pages
+    new_pages = packed[n * NUM_FIELDS :]  # in the order of their records
+    if changes.entries is not None:
+        block_table[changes.entries] = new_pages
+    elif len(new_pages):
+        num_pages = packed[NUM_PAGES * n : PAGES_AT * n]
+        owner, nth = spread(num_pages)
+        first_columns = -(-ends // page_size) - num_pages
+        block_table[rows[owner], first_columns[owner] + nth] = new_pages
 
-    if where is not None:
-        asked = np.maximum(tokens, 0)
-        record, nth = spread(asked)
-        where[1] = (lengths - asked)[record] + nth
-        columns, offsets = np.divmod(where[1], page_size)
-        where[0] = block_table[seqs[record], columns].astype(np.int64) * page_size + offsets
+    if where is not None and changes.num_tokens:
+        # Token by token only what must be: the tokens that a row puts into one page follow one another there.
+        asked = np.maximum(tokens, 0) if changes.reserves else tokens
+        starts = lengths - asked
+        first_columns = starts // page_size
+        owner, nth = spread((lengths - 1) // page_size - first_columns + 1)
+        columns = first_columns[owner] + nth
+        begins = columns * page_size
+        in_page = np.minimum(begins + page_size, lengths[owner]) - np.maximum(begins, starts[owner])
+        ahead = block_table[rows[owner], columns].astype(np.int64) * page_size - begins  # of the position
+        shifts = starts - packed[SLOTS_AT * n : NUM_PAGES * n]
+        np.add(np.arange(changes.num_tokens), shifts.repeat(asked), out=where[1])
+        np.add(where[1], ahead.repeat(in_page), out=where[0])
 
 
 def advance_rows_numpy(
@@ -342,6 +361,6 @@ def _numba_stream(stream_ptr: int) -> Any:
 
 def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The owner of each of sum(counts) elements and its place there: [2, 0, 1] gives [0, 0, 2] and [0, 1, 0]."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    begin = np.cumsum(counts) - counts
+    owner = np.arange(len(counts)).repeat(counts)
+    begin = counts.cumsum() - counts
     return owner, np.arange(len(owner)) - begin[owner]

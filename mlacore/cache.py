@@ -136,8 +136,10 @@ class PagedKVCache(CacheState):
         num_seqs = shapes.check_count("num_seqs", num_seqs, minimum=0)
         ids = [] if prefix is None else cache_checks.check_prefix(prefix, num_seqs)
         page_size, pool = self.layout.page_size, self._host.pool
-        hits = [pool.find(prefix_keys(i, page_size)) for i in ids] or [np.empty(0, np.int32)] * num_seqs
-        cached = np.array([len(pages) * page_size for pages in hits], np.int64)
+        hits = [pool.find(prefix_keys(i, page_size)) for i in ids]
+        cached = np.zeros(num_seqs, np.int64)
+        if hits:
+            cached[:] = [len(pages) * page_size for pages in hits]
         lengths = cached
         if num_tokens is not None:
             lengths = np.zeros(num_seqs, np.int64) + cache_checks.check_counts(np.arange(num_seqs), num_tokens)

@@ -118,6 +118,8 @@ def check_seqs(seqs: Any, alive: np.ndarray, *, distinct: bool = True) -> np.nda
 
 def check_counts(rows: np.ndarray, num_tokens: Any) -> np.ndarray | int:
     """`num_tokens` as one number for each row, or one for all, none negative."""
+    if type(num_tokens) is int and 0 <= num_tokens <= _INT64_MAX:
+        return num_tokens  # as in most calls; to make it an array for the checks below would take them longer
     counts = _host_integers("num_tokens", num_tokens)
     if counts.shape not in ((), rows.shape):
         raise ValueError(

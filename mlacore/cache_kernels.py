@@ -47,7 +47,10 @@ def update_words(changes: TableChanges) -> int | None:
     """The variant of `cuda/cache_update.cu` that takes `changes` by value; None where none does."""
     if changes.longest > UPDATE_LONGEST:
         return None
-    return next((words for words in params.UPDATE_WORDS if len(changes.packed) <= words), None)
+    for words in params.UPDATE_WORDS:
+        if len(changes.packed) <= words:
+            return words
+    return None
 
 
 def launch_update(
@@ -62,13 +65,25 @@ def launch_update(
 ) -> None:
     """`apply_changes_numpy` on the device (`cuda/cache_update.cu`); `words` from `update_words`."""
     table = block_table.data
+    packed = changes.packed
     launch = _update_launch(
-        table.device_id, words, block_table.shape[1], changes.num_changes, changes.num_tokens, page_size
+        table.device_id, words, block_table.shape[1], len(changes.rows), changes.num_tokens, page_size
     )
-    by_value = np.empty(words, np.int32)
-    by_value[: len(changes.packed)] = changes.packed
     addresses = (table.ptr, cache_seqlens.data.ptr, limits.data.ptr, where.data.ptr)
-    launch(stream.ptr, addresses, by_value.ctypes.data)
+    spare = _by_value[words]
+    try:
+        by_value, address = spare.pop()
+    except IndexError:
+        by_value = np.empty(words, np.int32)
+        address = by_value.ctypes.data
+    by_value[: len(packed)] = packed
+    launch(stream.ptr, addresses, address)
+    spare.append((by_value, address))  # the driver has copied it
+
+
+# Memory that launches by value have used, and its address, which NumPy takes a while to say. As `Launch` keeps its
+# frames: whoever takes one has it alone, as a list's pop and append are atomic.
+_by_value: dict[int, list[tuple[np.ndarray, int]]] = {words: [] for words in params.UPDATE_WORDS}
 
 
 @functools.lru_cache(maxsize=256)
@@ -99,10 +114,11 @@ def _update_launch(
 def launch_write(layer: Any, where: Any, ckv: Any, kpe: Any, transform: RowTransform, stream: Any) -> None:
     """Write cache rows (`cuda/cache_write.cu`).
 
-    layer `[num_pages, page_size, 1, 576]`, ckv `[n, 512]`, kpe `[n, 64]`, 16-bit elements with last stride 1 and rows
-    at multiples of 16 bytes; where int64 `[2, n]`.
+    layer `[num_pages, page_size, 1, 576]`, ckv `[n, 512]`, kpe `[n, 64]` (or `[n, 1, …]`), 16-bit elements with last
+    stride 1 and rows at multiples of 16 bytes; where int64 `[2, n]`.
     """
-    if len(ckv) == 0:
+    num_tokens = ckv.shape[0]
+    if not num_tokens:
         return
     weight, cos, sin = transform.norm_weight, transform.rope_cos, transform.rope_sin
     launch = prepare_write(
@@ -112,7 +128,7 @@ def launch_write(layer: Any, where: Any, ckv: Any, kpe: Any, transform: RowTrans
         layer.strides[:2],
         ckv.strides[0],
         kpe.strides[0],
-        len(ckv),
+        num_tokens,
         0 if cos is None else len(cos),
         transform.rope_interleaved,
         transform.norm_eps,

@@ -189,6 +189,7 @@ class CacheState:
         asked = self._host.generation, seqs.dtype, seqs.shape, seqs.tobytes()
         if asked != self._last_asked:
             rows = cache_checks.check_seqs(seqs, self._host.alive).copy()
+            rows.flags.writeable = False  # changes refer to it, and callers get to see those
             self._last_asked, self._last_rows = asked, rows
         return self._last_rows
 

@@ -7,15 +7,16 @@ brought up to date from that record, `HostTables.commit` does the same for the b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from mlacore.block_tables import SEQ, TableChanges, apply_changes_numpy, spread
+from mlacore.block_tables import TableChanges, apply_changes_numpy, spread
 from mlacore.page_pool import PagePool
 
 _NO_PAGE = -1  # fills unused entries: no kernel reads them, and one that did would find no page
 _INT32_MAX = 2**31 - 1
+_NOT_CLEAR = -(2**31)  # far enough from any length that another page makes no difference
 _NO_PAGES = np.empty(0, np.int32)
 _NO_COPIES = np.empty((0, 2), np.int32)
 
@@ -48,38 +49,41 @@ class OutOfSequencesError(_Exhausted):
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """What one call changes: the tables, as the mirrors learn it, and what becomes of pages.
 
     Attributes
     ----------
     tables : TableChanges
         Of rows.
-    held : pair of numpy.ndarray or None
-        Rows, and how many pages each of them holds from now on.
+    held : pair or None
+        Rows, and how many pages each of them holds from now on, or all of them.
     claimed, shared, released, forgotten : numpy.ndarray
         int32 pages that get their first holder, get one more, lose one, and lose their key.
     copies : numpy.ndarray
         int32 ``[n, 2]``: pages whose content goes into another one first (from, to).
-    sealed : numpy.ndarray or None
-        bool, a value for each row of `tables`; None leaves them as they are.
+    sealed : numpy.ndarray, bool or None
+        A value for each row of `tables`, or one for all; None leaves them as they are.
     alive : bool or None
         Whether the rows live from now on; None leaves that as it is.
     is_move : bool
         Whether `copies` take holders and keys along.
+    clear_until : numpy.ndarray or None
+        How far the rows in `held` are clear, where no other row of `tables` becomes so or ceases to be; None where that
+        is to be worked out.
     """
 
     tables: TableChanges
-    held: tuple[np.ndarray, np.ndarray] | None = None
-    claimed: np.ndarray = field(default_factory=lambda: _NO_PAGES)
-    shared: np.ndarray = field(default_factory=lambda: _NO_PAGES)
-    released: np.ndarray = field(default_factory=lambda: _NO_PAGES)
-    forgotten: np.ndarray = field(default_factory=lambda: _NO_PAGES)
-    copies: np.ndarray = field(default_factory=lambda: _NO_COPIES)
-    sealed: np.ndarray | None = None
+    held: tuple[np.ndarray, np.ndarray | int] | None = None
+    claimed: np.ndarray = _NO_PAGES
+    shared: np.ndarray = _NO_PAGES
+    released: np.ndarray = _NO_PAGES
+    forgotten: np.ndarray = _NO_PAGES
+    copies: np.ndarray = _NO_COPIES
+    sealed: np.ndarray | bool | None = None
     alive: bool | None = None
     is_move: bool = False
+    clear_until: np.ndarray | None = None
 
 
 class HostTables:
@@ -90,7 +94,8 @@ class HostTables:
     A row is *reserved* while its limit is set: it then holds pages up to that length, and the device may advance it by
     itself. Any other change of the row ends that. A row is *sealed* where its last, partly filled page may have other
     holders or a key: the page is then looked at, and copied if need be, before a token is written into it. Reserved
-    rows are never sealed.
+    rows are never sealed. A row is *clear* up to the end of its pages, or `max_seq_len`, while it is neither: so far it
+    grows with nothing else to look at.
 
     Parameters
     ----------
@@ -105,34 +110,43 @@ class HostTables:
     def __init__(self, num_pages: int, page_size: int, max_seqs: int, max_seq_len: int) -> None:
         self.page_size, self.max_seqs, self.max_seq_len = page_size, max_seqs, max_seq_len
         max_pages = min(-(-max_seq_len // page_size), num_pages)
+        # A decode step begins one page a row at most, and its lengths are int32 even where they are too long.
+        self._longest_step = min(page_size, _INT32_MAX - max_seq_len)
+        # As arrays: for the few rows that begin a page, converting an int takes NumPy longer than the sum.
+        page = min(page_size, max_seq_len)
+        self._page, self._last_begin = np.array(page, np.int32), np.array(max_seq_len - page, np.int32)
         self.pool = PagePool(num_pages)
         self.table = np.full((max_seqs, max_pages), _NO_PAGE, np.int32)
         self.seq_lens = np.zeros(max_seqs, np.int32)
         self.limits = np.zeros(max_seqs, np.int32)
-        self.pages_held = np.zeros(max_seqs, np.int32)
+        self.pages_held = np.zeros(max_seqs, np.int64)
         self.sealed = np.zeros(max_seqs, bool)
         self.alive = np.zeros(max_seqs, bool)
+        self.clear_until = np.zeros(max_seqs, np.int32)
         self.generation = 0  # counts changes of `alive`
 
     # ---- changes ---------------------------------------------------------------------------------------------------
 
     def changes_to_create(self, hits: Sequence[np.ndarray], lengths: np.ndarray) -> tuple[np.ndarray, Change]:
-        """Start a row for each of `hits`, the pages it begins with, and make room for `lengths` tokens in all."""
-        rows = self._free_rows(len(hits))
-        shared = np.concatenate([_NO_PAGES, *hits])
+        """Start a row for each of `lengths` tokens, with room for them; `hits` are the pages that each begins with, and
+        may be left empty where none does."""
+        rows = self._free_rows(len(lengths))
+        held = self._pages(lengths)
+        if not any(map(len, hits)):
+            claimed = self._claim(int(held.sum()), len(rows), lengths)
+            tables = TableChanges.pack(rows, lengths=lengths, tokens=lengths, num_pages=held, pages=claimed)
+            return rows, Change(tables, held=(tables.rows, held), claimed=claimed, alive=True)
+        shared = np.concatenate(hits)
         num_hits = np.array([len(pages) for pages in hits], np.int64)
-        num_new = self._pages(lengths) - num_hits
+        num_new = held - num_hits
         revived = shared[self.pool.refs[shared] == 0]
         revived = np.unique(revived) if len(revived) else revived
-        claimed = self._claim(num_new, lengths, revived)
-        pages = claimed
-        if len(shared):
-            parts = np.split(claimed, np.cumsum(num_new)[:-1])
-            pages = np.concatenate([part for both in zip(hits, parts, strict=True) for part in both])
+        claimed = self._claim(int(num_new.sum()), len(rows), lengths, revived)
+        parts = np.split(claimed, np.cumsum(num_new)[:-1])
+        pages = np.concatenate([part for both in zip(hits, parts, strict=True) for part in both])
         asked = lengths - num_hits * self.page_size
-        held = num_hits + num_new
         tables = TableChanges.pack(rows, lengths=lengths, tokens=asked, num_pages=held, pages=pages)
-        return rows, Change(tables, held=(rows, held), claimed=claimed, shared=shared, alive=True)
+        return rows, Change(tables, held=(tables.rows, held), claimed=claimed, shared=shared, alive=True)
 
     def changes_to_grow(self, rows: np.ndarray, counts: np.ndarray | int) -> Change:
         """Append ``counts[i]`` tokens to ``rows[i]``, whose slots are asked for."""
@@ -152,13 +166,14 @@ class HostTables:
     def changes_to_truncate(self, rows: np.ndarray, lengths: np.ndarray) -> Change:
         """Keep the first ``lengths[i]`` tokens of ``rows[i]``."""
         change = self._resize(rows, lengths, lengths, lengths, 0, False)
-        return _sealing(change, lengths % self.page_size != 0)
+        return change._replace(sealed=lengths % self.page_size != 0)
 
     def changes_to_clear(self, rows: np.ndarray) -> Change:
         """Take all pages and tokens from `rows`, and let them go."""
-        nothing = np.zeros(len(rows), np.int64)
-        change = self._resize(rows, nothing, nothing, nothing, 0, False)
-        return _sealing(change, np.zeros(len(rows), bool), alive=False)
+        held = self.pages_held.take(rows)
+        tables = TableChanges.pack(rows, lengths=0)
+        released = self._last_pages(rows, held, held)
+        return Change(tables, held=(tables.rows, 0), released=released, sealed=False, alive=False)
 
     def changes_to_fork(self, rows: np.ndarray) -> tuple[np.ndarray, Change]:
         """Start a row beside each of `rows`, which may repeat, with the same tokens in the same pages."""
@@ -170,7 +185,8 @@ class HostTables:
         # The device must not write into a page that is shared from now on: no parent stays reserved.
         parents, first = np.unique(rows, return_index=True)
         kept = lengths[first]
-        released = self._released(parents, used[first] - self.pages_held.take(parents))
+        parents_held = self.pages_held.take(parents)
+        released = self._last_pages(parents, parents_held, parents_held - used[first])
         all_lengths = np.concatenate([kept, lengths])
         all_rows = np.concatenate([parents, new_rows])
         tables = TableChanges.pack(
@@ -208,7 +224,7 @@ class HostTables:
         if len(change.claimed):
             pool.claim(change.claimed)
         apply_changes_numpy(tables, self.table, self.seq_lens, self.limits, None, self.page_size)
-        rows = tables.records[SEQ]
+        rows = tables.rows
         if change.alive is not None:
             self.alive[rows] = change.alive
             self.generation += 1
@@ -216,6 +232,10 @@ class HostTables:
             self.sealed[rows] = change.sealed
         if change.held is not None:
             self.pages_held[change.held[0]] = change.held[1]
+        if change.clear_until is None:
+            self.clear_until[rows] = self._clear_until(rows)
+        elif change.held is not None:
+            self.clear_until[change.held[0]] = change.clear_until
         if len(change.released):
             pool.release(change.released)
         if len(change.forgotten):
@@ -227,6 +247,7 @@ class HostTables:
         self.table[rows[owner], nth] = pages
         self.alive[rows], self.seq_lens[rows], self.pages_held[rows] = True, lengths, num_pages
         self.sealed[rows] = lengths % self.page_size != 0
+        self.clear_until[rows] = self._clear_until(rows)
 
     def advance(self, num_rows: int, num_tokens: int, num_steps: int) -> None:
         """Follow the device, which has made `num_steps` steps of `num_tokens` tokens with the first `num_rows` rows."""
@@ -266,6 +287,7 @@ class HostTables:
             "cache_seqlens differs from the host's length": cache_seqlens != self.seq_lens,
             "the device's limit differs from the host's": limits != self.limits,
             "block_table differs from the host's pages": ((block_table != self.table) & in_use).any(axis=1),
+            "is not clear as far as its pages go": self.clear_until != self._clear_until(np.arange(self.max_seqs)),
         }
         for what, wrong in checks.items():
             if np.any(wrong):
@@ -276,8 +298,14 @@ class HostTables:
     def _pages(self, lengths: np.ndarray) -> np.ndarray:
         return -(-lengths // self.page_size)
 
+    def _clear_until(self, rows: np.ndarray) -> np.ndarray:
+        """What `clear_until` must be for `rows`, from what the books say about them otherwise."""
+        ends = np.minimum(self.pages_held.take(rows) * self.page_size, self.max_seq_len)
+        ends[self.sealed.take(rows) | (self.limits.take(rows) > 0)] = _NOT_CLEAR
+        return ends
+
     def _free_rows(self, count: int) -> np.ndarray:
-        rows = np.flatnonzero(~self.alive)
+        rows = (~self.alive).nonzero()[0]
         if count > len(rows):
             raise OutOfSequencesError(
                 f"out of sequences: {count} more are asked for, expected at most {len(rows)} (rows free of "
@@ -298,13 +326,15 @@ class HostTables:
                 f"(it holds {lengths[i]} of max_seq_len={self.max_seq_len} tokens)"
             )
 
-    def _claim(self, num_new: np.ndarray, num_tokens: np.ndarray, keep: np.ndarray = _NO_PAGES) -> np.ndarray:
-        """The next ``sum(num_new)`` pages, without those in `keep`."""
-        count = int(num_new.sum())
+    def _claim(
+        self, count: int, num_seqs: int, num_tokens: np.ndarray | int, keep: np.ndarray = _NO_PAGES
+    ) -> np.ndarray:
+        """The next `count` pages, without those in `keep`, for `num_tokens` of each of `num_seqs` sequences."""
         free = self.pool.num_free - len(keep)
         if count > free:
+            total = num_tokens * num_seqs if isinstance(num_tokens, int) else num_tokens.sum()
             raise OutOfPagesError(
-                f"out of pages: {num_tokens.sum()} tokens for {len(num_tokens)} sequences need {count} more pages, "
+                f"out of pages: {total} tokens for {num_seqs} sequences need {count} more pages, "
                 f"but {free} of {self.pool.num_pages} are free",
                 needed=count,
                 free=free,
@@ -323,21 +353,22 @@ class HostTables:
         """`rows` of `before` tokens hold `lengths` from now on and pages for `room`; where `writes`, what follows
         `before` is going to be written."""
         held = self._pages(room)
-        grown = held - self.pages_held.take(rows)
+        before_held = self.pages_held.take(rows)
+        grown = held - before_held
         sealed = self.sealed.take(rows) & writes
         unseals = sealed.any()
-        if not (unseals or grown.any()):  # most decode steps
+        if not (unseals or grown.any()):
             return Change(TableChanges.pack(rows, lengths=lengths, tokens=tokens))
-        released = self._released(rows, grown) if grown.min() < 0 else _NO_PAGES
+        released = self._last_pages(rows, before_held, np.maximum(-grown, 0)) if grown.min() < 0 else _NO_PAGES
         num_new = np.maximum(grown, 0)
         if not unseals:
-            claimed = self._claim(num_new, room - before)
+            claimed = self._claim(int(num_new.sum()), len(rows), room - before)
             tables = TableChanges.pack(rows, lengths=lengths, tokens=tokens, num_pages=num_new, pages=claimed)
             return Change(tables, held=(rows, held), claimed=claimed, released=released)
         at = np.flatnonzero(sealed)
         owners, copied, forgotten = self._unseal(rows[at], before[at])
         num_new[at[owners]] += 1
-        claimed = self._claim(num_new, room - before)
+        claimed = self._claim(int(num_new.sum()), len(rows), room - before)
         begins = (np.cumsum(num_new) - num_new)[at[owners]]
         return Change(
             TableChanges.pack(rows, lengths=lengths, tokens=tokens, num_pages=num_new, pages=claimed),
@@ -350,32 +381,31 @@ class HostTables:
         )
 
     def _decode_step(self, rows: np.ndarray, count: int) -> Change | None:
-        """`changes_to_grow` for what decoding asks for step after step: a few tokens for each row, few of which begin a
-        page; None where there is more to look at. It takes two thirds of the time."""
-        if not len(rows) or not 0 < count <= _INT32_MAX - self.max_seq_len:
+        """`changes_to_grow` for what decoding asks for step after step: a token or a few for each row, some of which
+        begin a page; None where there is more to look at. Most of what it looks at is one number a row."""
+        if not 0 < count <= self._longest_step:
             return None
-        grown = self.seq_lens.take(rows) + np.int32(count)
-        if grown.max() > self.max_seq_len or self.sealed.take(rows).any() or self.limits.take(rows).any():
-            return None
-        held = self.pages_held.take(rows)
-        begin = (held * self.page_size < grown).nonzero()[0]
+        rows = rows.astype(np.intp, copy=False)
+        lengths = self.seq_lens.take(rows) + count
+        begin = (lengths > self.clear_until.take(rows)).nonzero()[0]
         if not len(begin):
-            return Change(TableChanges.pack(rows, lengths=grown, tokens=count))
-        new_held = self._pages(grown.take(begin))
-        num_new = new_held - held.take(begin)
-        claimed = self._claim(num_new, np.full(len(rows), count))
-        tables = TableChanges.pack(rows, lengths=grown, tokens=count, num_pages=num_new, pages=claimed, some=begin)
-        return Change(tables, held=(rows.take(begin), new_held), claimed=claimed)
+            return Change(TableChanges.pack(rows, lengths=lengths, tokens=count), clear_until=_NO_PAGES)
+        beginners = rows[begin]
+        # One page further, at most to max_seq_len: in this order, since it may be the largest int32.
+        clear_until = np.minimum(self.clear_until[beginners], self._last_begin) + self._page
+        if np.count_nonzero(lengths[begin] > clear_until):  # sealed or reserved, or at max_seq_len
+            return None
+        claimed, held = self._claim(len(begin), len(rows), count), self.pages_held[beginners]
+        tables = TableChanges.pack(
+            rows, lengths=lengths, tokens=count, pages=claimed, some=begin, entries=(beginners, held)
+        )
+        return Change(tables, held=(beginners, held + 1), claimed=claimed, clear_until=clear_until)
 
-    def _released(self, rows: np.ndarray, grown: np.ndarray) -> np.ndarray:
-        """The last ``-grown[i]`` pages of ``rows[i]``, where there are any. Reversed, so that the deepest is reused
+    def _last_pages(self, rows: np.ndarray, held: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The last ``counts[i]`` pages of ``rows[i]``, which holds ``held[i]``. Reversed, so that the deepest is reused
         before those it follows, and pages leave the stack in the order in which they stood in the table."""
-        fewer = np.flatnonzero(grown < 0)
-        if not len(fewer):
-            return _NO_PAGES
-        owner, nth = spread(-grown[fewer])
-        held = self.pages_held[rows[fewer]] + grown[fewer]
-        return self.table[rows[fewer[owner]], held[owner] + nth][::-1]
+        owner, nth = spread(counts)
+        return self.table[rows[owner], (held - counts)[owner] + nth][::-1]
 
     def _unseal(self, rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What to do about the last pages of sealed `rows`: which of them need a copy, of which page, and which pages
@@ -388,7 +418,3 @@ class HostTables:
         needs_copy[first[count == self.pool.refs[unique]]] = False
         kept = pages[~needs_copy]
         return partial[needs_copy], pages[needs_copy], kept[self.pool.is_findable[kept]]
-
-
-def _sealing(change: Change, sealed: np.ndarray, alive: bool | None = None) -> Change:
-    return replace(change, sealed=sealed, alive=alive)

@@ -67,19 +67,22 @@ class PagePool:
 
     def next_pages(self, count: int, keep: np.ndarray = _NO_PAGES) -> np.ndarray:
         """The next `count` pages to claim, of which `num_free` less those in `keep` there must be; changes nothing."""
-        stacked = self._stack[max(0, self._num_stacked - count) : self._num_stacked][::-1]
-        if len(stacked) == count:
-            return stacked
+        top = self._num_stacked
+        if count <= top:
+            return self._stack[top - count : top][::-1]
+        stacked = self._stack[:top][::-1]
         kept = set(keep.tolist())
         oldest = islice((page for page in self._cached if page not in kept), count - len(stacked))
         return np.concatenate([stacked, np.fromiter(oldest, np.int32)])
 
     def claim(self, pages: np.ndarray) -> None:
         """Give `pages`, from `next_pages`, their first holder; what was cached in them is forgotten."""
-        num_stacked = min(len(pages), self._num_stacked)
-        self._num_stacked -= num_stacked
-        cached = pages[num_stacked:]
-        if len(cached):
+        num_stacked = self._num_stacked
+        if len(pages) <= num_stacked:
+            self._num_stacked -= len(pages)
+        else:
+            self._num_stacked = 0
+            cached = pages[num_stacked:]
             _consume(map(self._cached.pop, cached.tolist()))
             self.forget(cached)
         self.refs[pages] = 1
@@ -92,13 +95,16 @@ class PagePool:
 
     def release(self, pages: np.ndarray) -> None:
         """One holder less for each of `pages`, which may repeat. Those without one become free, or cached, in order."""
-        is_shared = (self.refs[pages] > 1).any()
-        np.subtract.at(self.refs, pages, 1)
-        left = pages[self.refs[pages] == 0]
-        if is_shared:  # a page that all its holders give up at once is listed by each of them
+        if np.count_nonzero(self.refs[pages] > 1):
+            np.subtract.at(self.refs, pages, 1)
+            left = pages[self.refs[pages] == 0]
+            # A page that all its holders give up at once is listed by each of them.
             left = left[np.sort(np.unique(left, return_index=True)[1])]
+        else:
+            self.refs[pages] = 0
+            left = pages
         findable = self.is_findable[left]
-        if findable.any():
+        if np.count_nonzero(findable):
             self._cached.update(dict.fromkeys(left[findable].tolist()))
             left = left[~findable]
         self._stack[self._num_stacked : self._num_stacked + len(left)] = left

@@ -392,6 +392,7 @@ def test_integrity_check_sees_every_kind_of_damage(busy):
         (host.table, (1, 0), 12, "page 0 to 12: expected 0 to 11"),
         (host.table, (3, 1), host.table[3, 0], "page .: got a count of 2, but 3 sequences hold it"),
         (host.sealed, 0, False, "sequence 0: may write into a page of others"),
+        (host.clear_until, 2, 9, "sequence 2: is not clear as far as its pages go"),
         (pool._stack, 0, pool._stack[1], "page .*: got [02] places, expected 1"),
         (pool._stack, 0, 12, "page .* to 12: expected 0 to 11"),
         (pool.refs, 0, 1, "page 0: got a count of 1, but 2 sequences hold it"),
