@@ -195,7 +195,7 @@ def append_rows(cupy: Any, stream: Any) -> list[dict[str, Any]]:
         "advance": advance,
     }
     us = graph_us(calls, stream)
-    host = host_us(lambda: cache.append(seqs, ckv[:, None], kpe[:, None]), stream)
+    host = host_us(lambda: cache.append(seqs, ckv, kpe, num_tokens=1), stream)
     extend = host_us(lambda: cache.extend(seqs, 1), stream)
     note = f"{us['write'] / us['copy']:.2f}× the copy kernel"
     return [

@@ -78,7 +78,7 @@ class DecodePlan(_Remembered):
     merge_abandoned : uint32 ``[2 * num_workers, num_kv_heads, row_blocks]`` or None
         Slots whose worker did not wait to merge; zero between calls.
     launches : uint32 ``[2]`` or None
-        CTAs of the launch under way that have started, zero between calls; and the number of calls, modulo ``2**32 - 1``.
+        CTAs of the launch under way that have started, zero between calls; the number of calls, modulo ``2**32 - 1``.
     planned_seqlens : int32 ``[batch]`` or None
         The lengths last planned for: the caller's own array, which may have moved on. Only `describe` and `plot` look.
     """
