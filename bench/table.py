@@ -155,9 +155,10 @@ def hardware_line(result: Result) -> str:
         if watts := ceilings.get("gemm_watts"):
             notes.append(f"{watts:.0f} W")
         how = f"{rate:.0f} TFLOP/s ({', '.join(notes)})"
+    commit = f", commit {result['commit']}" if result.get("commit") else ""
     older = "" if result["schema"] > 1 else " An older bench: one contender after another, matrix product in a burst."
     return (
-        f"**{gpu['name']}**, driver {gpu['driver']}, {result['when'][:10]}; in the same run: "
+        f"**{gpu['name']}**, driver {gpu['driver']}, {result['when'][:10]}{commit}; in the same run: "
         f"read {ceilings['read_gbs']:.0f} GB/s, matrix product {how}.{older}"
     )
 
@@ -189,7 +190,10 @@ def full(result: Result, plot: Path | None, *, has_host: bool = True) -> list[st
     if result["rows"]:
         parts.append(markdown(summary_lines(result), num_words=1))
     if has_host and result.get("host"):
-        parts += ["Beside the kernel, µs:", markdown(host_lines(result["host"]), num_words=0)]
+        parts += [
+            f"Beside the kernel, µs, on the machine of the {name}:",
+            markdown(host_lines(result["host"]), num_words=0),
+        ]
     if has_host and result.get("routes"):
         parts += ["One call by each route, µs:", markdown(route_lines(result["routes"]), num_words=1)]
     parts += [f"<details><summary>Every case on {name}</summary>", markdown(full_lines(result))]
@@ -217,7 +221,7 @@ def rewrite(text: str, results: Sequence[Result], plots: Sequence[Path] = ()) ->
     """
     text = _between(text, "headline", headline(results))
     drawn = {path.stem: path for path in plots}
-    newest = max((one["when"] for one in results), default="")  # what the host does depends on the code, not on the GPU
+    newest = max((one["when"] for one in results), default="")  # the host's times are of the newest code, or of none
     parts = [
         part for one in results for part in full(one, drawn.get(one["gpu"]["slug"]), has_host=one["when"] == newest)
     ]

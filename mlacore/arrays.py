@@ -133,8 +133,8 @@ def to_device(argument: str, array: Any, stream: Any = None) -> Any:
 def all_to_device(named: dict[str, Any], stream: Any = None) -> dict[str, Any]:
     """`to_device` of several arrays. Device and stream are entered once: that takes longer than most imports."""
     foreign = next((array for array in named.values() if not is_cupy(array)), None)
-    once = stream is not None and foreign is not None and is_gpu(foreign)
-    with on_device(_foreign_device(foreign), stream) if once else contextlib.nullcontext():
+    is_needless = stream is None or foreign is None or not is_gpu(foreign)
+    with contextlib.nullcontext() if is_needless else on_device(_foreign_device(foreign), stream):
         return {name: to_device(name, array, stream) for name, array in named.items()}
 
 

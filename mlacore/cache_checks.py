@@ -119,7 +119,8 @@ def check_seqs(seqs: Any, alive: np.ndarray, *, distinct: bool = True) -> np.nda
 def check_counts(rows: np.ndarray, num_tokens: Any) -> np.ndarray | int:
     """`num_tokens` as one number for each row, or one for all, none negative."""
     if type(num_tokens) is int and 0 <= num_tokens <= _INT64_MAX:
-        return num_tokens  # as in most calls; to make it an array for the checks below would take them longer
+        # As in most calls; to make it an array for the checks below would take them longer.
+        return num_tokens if len(rows) else 0
     counts = _host_integers("num_tokens", num_tokens)
     if counts.shape not in ((), rows.shape):
         raise ValueError(
@@ -244,7 +245,18 @@ def check_values(
     ckv = _on_cache_device("ckv", ckv, layout.device, stream)
     kpe = _on_cache_device("kpe", kpe, layout.device, stream)
     # Step after step brings the same shapes; once they have passed, only addresses can be wrong.
-    seen = (layout, leading, dims[leading[0]], ckv.shape, ckv.strides, ckv.dtype, kpe.shape, kpe.strides, kpe.dtype)
+    seen = (
+        empty,
+        layout,
+        leading,
+        dims[leading[0]],
+        ckv.shape,
+        ckv.strides,
+        ckv.dtype,
+        kpe.shape,
+        kpe.strides,
+        kpe.dtype,
+    )
     if seen in _passed and (shapes.address_of(ckv) | shapes.address_of(kpe)) % shapes.ALIGNMENT_BYTES == 0:
         return ckv, kpe
     for argument, array, width in (("ckv", ckv, "kv_lora_rank"), ("kpe", kpe, "qk_rope_head_dim")):

@@ -30,9 +30,11 @@ from dataclasses import dataclass
 
 from mlacore.params import TILE_ROWS
 
-FEW_TOKENS_16_ROWS = 8192  # tokens of a batch up to which CTAs of 16 rows win over more than 32 rows
+FEW_TOKENS_16_ROWS = 8192  # tokens of a batch up to which CTAs of 16 rows are fastest for more than 32 rows
 FEW_TOKENS_32_ROWS = 65536
-SHORT_TOKENS = 1024  # sequences that short are not split if there are enough of them: twice as many tokens for 16 rows
+SHORT_TOKENS = (
+    1024  # sequences up to this length are hardly split, so that 16 rows stay fastest for twice as many tokens
+)
 MAX_CLUSTER_ROWS = 128
 
 
@@ -67,7 +69,8 @@ def choose(rows: int, batch: int, max_seq_len: int | None) -> KernelShape:
     if rows <= 32:
         return KernelShape(32, 1, 1)
     if rows <= MAX_CLUSTER_ROWS and max_seq_len is not None and batch * max_seq_len <= FEW_TOKENS_32_ROWS:
-        tile_rows = 16 if batch * max_seq_len <= FEW_TOKENS_16_ROWS * (1 + (max_seq_len <= SHORT_TOKENS)) else 32
+        few_tokens = FEW_TOKENS_16_ROWS * (2 if max_seq_len <= SHORT_TOKENS else 1)
+        tile_rows = 16 if batch * max_seq_len <= few_tokens else 32
         return KernelShape(tile_rows, 2, 2 * -(-rows // (2 * tile_rows)))
     blocks = -(-rows // TILE_ROWS)
     return KernelShape(

@@ -145,7 +145,11 @@ class _Api:
 
     def error(self, error: BaseException) -> int:
         """An XLA_FFI_Error that says what `error` does; XLA destroys it."""
-        message = ctypes.create_string_buffer(f"{type(error).__name__}: {error}".encode())
+        try:
+            text = f"{type(error).__name__}: {error}"
+        except Exception:  # its __str__: nothing may leave a callback, or XLA takes it for a success
+            text = type(error).__name__
+        message = ctypes.create_string_buffer(text.encode(errors="replace"))
         code = _INVALID_ARGUMENT if isinstance(error, (TypeError, ValueError)) else _INTERNAL
         request = _NEW_ERROR.pack(_NEW_ERROR.size, 0, ctypes.addressof(message), code)
         return self._create(request)

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import json
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -150,19 +151,38 @@ def prepare_decode(spec: bytes, device: int) -> Launch:
     return decode
 
 
-_allocated: list[Any] = []  # scratch memory lives as long as the process
+class _Scratch(NamedTuple):
+    """Scratch memory for plans of up to so many workers."""
+
+    num_workers: int
+    addresses: bytes  # packed
+    arrays: list[Any]
+    replaced: _Scratch | None  # kept, as a call may be about to launch with it
 
 
-@functools.cache
+_largest: dict[tuple[int, int, int, KernelShape], _Scratch] = {}  # by device, stream, KV heads and kernel
+_growing = threading.Lock()
+
+
 def _scratch(device: int, stream: int, num_workers: int, num_kv_heads: int, kernel: KernelShape) -> bytes:
-    """Packed addresses of the scratch memory of all plans of this size on one stream, where calls run one after
-    another. It is not XLA's, since it has to keep from call to call what the kernel left in it."""
-    with arrays.on_device(device, arrays.as_stream(stream, device)) as cupy:
-        states = [
-            cupy.zeros(extents, cupy.uint32) for extents in plans.scratch(num_workers, num_kv_heads, kernel).values()
-        ]
-    _allocated.extend(states)
-    return pack_addresses(*(state.data.ptr for state in states))
+    """Packed addresses of scratch memory that all plans on one stream share, where calls run one after another. It is
+    not XLA's, since it has to keep from call to call what the kernel left in it."""
+    key = device, stream, num_kv_heads, kernel
+    found = _largest.get(key)
+    if found is not None and found.num_workers >= num_workers:
+        return found.addresses
+    with _growing:
+        found = _largest.get(key)
+        if found is None or found.num_workers < num_workers:
+            # Twice as much each time: what was replaced adds up to no more than what is in use.
+            size = num_workers if found is None else max(num_workers, 2 * found.num_workers)
+            with arrays.on_device(device, arrays.as_stream(stream, device)) as cupy:
+                states = [
+                    cupy.zeros(shape, cupy.uint32) for shape in plans.scratch(size, num_kv_heads, kernel).values()
+                ]
+            found = _Scratch(size, pack_addresses(*(state.data.ptr for state in states)), states, found)
+            _largest[key] = found
+    return found.addresses
 
 
 # ---- append --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -438,6 +439,20 @@ def test_wrong_layer_and_plan():
     scaled = jax.jit(lambda scale: mla_jax.mla_decode(q, kv_cache, table, lengths, softmax_scale=scale))
     with pytest.raises(TypeError, match=r"softmax_scale: got .*Tracer, expected a number or None"):
         scaled(0.5)
+
+
+def test_a_plan_whose_arrays_were_changed():
+    """A pytree's leaves are anybody's: what the call would read past their end is an error."""
+    given = valid()
+    plan = mla_jax.plan_decode(given.cache_seqlens, num_heads=16, num_workers=3)
+    for changes, message in (
+        ({"work": plan.work[:2]}, r"plan\.work: got shape \(2, 2\), expected \(4, 2\)"),
+        ({"splits": plan.splits[1:]}, r"plan\.splits: got shape"),
+        ({"work": plan.work.astype(jnp.float32)}, r"plan\.work: got dtype float32"),
+        ({"splits": None}, r"plan\.splits: got NoneType, expected a JAX array"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            mla_jax.mla_decode(*given, plan=dataclasses.replace(plan, **changes))
 
 
 @pytest.mark.parametrize(

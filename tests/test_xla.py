@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from mlacore import plan as plans
 from mlacore.arrays import bfloat16, int32
 from mlacore.cache_layout import RowTransform
 from mlacore.cache_numpy import write_rows
+from mlacore.dispatch import KernelShape
 from mlacore.launch import pack_addresses
 
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_size_t
@@ -190,6 +192,21 @@ def test_an_exception_becomes_an_error(error, code):
     assert runtime.errors == [(f"{type(error).__name__}: {error}", code)]
 
 
+def test_an_error_that_cannot_be_told():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    for error, text in ((Mute(), "Mute"), (ValueError("\ud800"), "ValueError: ?")):
+        runtime = Runtime()
+
+        def fail(*_, error=error):
+            raise error
+
+        assert runtime.call(xla_ffi.handler(fail, on_gpu=True), b"", [], []) == 0xE1
+        assert runtime.errors[0][0] == text
+
+
 def test_no_stream():
     runtime, calls = Runtime(), []
     runtime.fails = 0xBAD
@@ -220,8 +237,8 @@ def allocating(device: int, stream: Any) -> Iterator[Any]:
 
 
 def forget() -> None:
-    cached = xla_targets.prepare_plan, xla_targets.prepare_decode, xla_targets.prepare_append, xla_targets._scratch
-    for remembered in cached:
+    xla_targets._largest.clear()
+    for remembered in (xla_targets.prepare_plan, xla_targets.prepare_decode, xla_targets.prepare_append):
         remembered.cache_clear()
 
 
@@ -278,6 +295,25 @@ def test_decode_launches_what_an_eager_call_does(fake, layer, device):
     own = xla_targets._scratch(device, 0x5770, plan.num_workers, 1, plan.kernel)
     assert pack_addresses(*(got[name] for name in SCRATCH)) == own
     assert own != xla_targets._scratch(device, 0x5771, plan.num_workers, 1, plan.kernel), "one for each stream"
+
+
+def test_scratch_memory_is_that_of_the_largest_plan(fake):
+    kernel = KernelShape(16, 1, 1)
+
+    def nbytes(num_workers):
+        xla_targets._scratch(0, 0x5770, num_workers, 1, kernel)
+        found = xla_targets._largest[0, 0x5770, 1, kernel]
+        assert found.addresses == xla_targets._scratch(0, 0x5770, num_workers, 1, kernel)
+        return sum(array.nbytes for array in found.arrays)
+
+    def expected(num_workers):
+        return sum(4 * math.prod(shape) for shape in plans.scratch(num_workers, 1, kernel).values())
+
+    assert nbytes(132) == expected(132)
+    assert nbytes(7) == expected(132), "smaller plans take the same"
+    assert nbytes(133) == expected(264), "grows by doubling, so that what was replaced is at most as much"
+    assert nbytes(1000) == expected(1000)
+    assert nbytes(132) == expected(1000)
 
 
 def test_a_failed_launch_is_an_error(fake):
