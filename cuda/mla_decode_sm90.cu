@@ -59,40 +59,23 @@
 #include "cluster.cuh"
 #include "epilogue.cuh"
 #include "layout.cuh"
-#include "load_kv.cuh"
-#include "load_q.cuh"
 #include "merge.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
+#include "roles.cuh"
 #include "softmax.cuh"
 #include "work.cuh"
 
 using Element = MLA_ELEMENT;
 
-constexpr u32 kHeadDimQK = MLA_HEAD_DIM_QK;
-constexpr u32 kStages = 2;
-constexpr u32 kClusterCtas = MLA_CLUSTER_CTAS;  // CTAs (row blocks) that load each tile together
-
-constexpr u32 kConsumerGroups = 2;
 constexpr u32 kGroupColumns = kHeadDimV / kConsumerGroups;
-constexpr u32 kConsumerThreads = kConsumerGroups * kWarpgroupThreads;
-constexpr u32 kQLoaderWarps = 3;
-constexpr u32 kThreads = kConsumerThreads + kWarpgroupThreads;
-constexpr u32 kConsumerRegisters = 224;
-constexpr u32 kProducerRegisters = 56;
-
-constexpr u32 kChunks = kHeadDimQK / kChunkColumns;
 constexpr u32 kGroupChunks = kGroupColumns / kChunkColumns;
 constexpr u32 kRopeChunk = kChunks - 1;
-constexpr u32 kStepsPerChunk = kChunkColumns / kReductionStep;
-constexpr u32 kStepsPerTile = kTileTokens / kReductionStep;
 
 static_assert(kTileRows == 64, "WGMMA works on 64 rows");
 static_assert(kTileTokens == kChunkRows && kTileTokens == kChunkColumns, "a chunk holds a tile's tokens, or its P");
-static_assert(kClusterCtas == 1 || kClusterCtas == 2, "an SM pair (TPC) hosts the cluster, so that no SM is left over");
 static_assert(kHeadDimV == kRopeChunk * kChunkColumns, "the rope chunk follows the latent");
 static_assert(kGroupColumns == 256, "one WGMMA covers a group's columns");
-static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another number of threads");
 
 struct SharedPlan {
   alignas(1024) u16 q[kChunks][kTileRows * kChunkColumns];
@@ -108,8 +91,6 @@ struct SharedPlan {
   u64 kv_empty[kStages][kConsumerGroups];
 };
 static_assert(sizeof(SharedPlan) <= MLA_SHARED_BYTES, "mlacore/params.py asks for less shared memory");
-
-using Tiles = ItemTiles<kStages>;
 
 enum NamedBarrier : u32 {
   kGroup = 1,
@@ -505,55 +486,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
   // The stages serve as scratch once nothing is loaded into them any more.
   const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
 
-  if (threadIdx.x == 0) {
-    prefetch_tensormap(&kv_map);
-    mbarrier_init(shared_address(&shared.q_full), kQLoaderWarps * kWarpThreads);
-    mbarrier_init(shared_address(&shared.q_empty), kConsumerThreads / kWarpThreads);
-    for (u32 stage = 0; stage < kStages; ++stage) {
-      for (u32 chunk = 0; chunk < kChunks; ++chunk) mbarrier_init(shared_address(&shared.kv_full[stage][chunk]), 1);
-      for (u32 half = 0; half < kConsumerGroups; ++half) {
-        mbarrier_init(shared_address(&shared.kv_empty[stage][half]), kClusterCtas * kWarpgroupThreads / kWarpThreads);
-      }
-    }
-    merge.init();
-    fence_mbarrier_init();
-  }
-  enter_cluster<kClusterCtas>();
-  griddepcontrol_launch_dependents();
-  griddepcontrol_wait();  // everything above overlaps the end of the previous kernel; nothing above reads memory
-
-  if (threadIdx.x >= kConsumerThreads) {
-    setmaxnreg_dec<kProducerRegisters>();
-    const u32 warp = (threadIdx.x - kConsumerThreads) / kWarpThreads;
-    if (warp == 0) {
-      load_kv<kClusterCtas>(shared.kv, shared.kv_full, shared.kv_empty, &kv_map, params, block);
-    } else {
-      if (warp == 1) merge.announce();
-      load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, warp - 1);
-    }
-    __syncwarp();
-    leave_cluster<kClusterCtas>();
-    if (warp == 1) merge.watch();
-    __syncwarp();
-  } else {
-    setmaxnreg_inc<kConsumerRegisters>();
-    WorkerItems items(params, block.worker);
-    if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
-    constexpr u32 kWarps = kConsumerThreads / kWarpThreads;
-    if (items.has_items()) {
-      QueryRows<kWarps, kChunks, kTileRows * kChunkColumns>(shared.q, params, block, threadIdx.x / kWarpThreads)
-          .load(items.first_sequence());
-    }
-    barrier_cta_sync(kMerge, kConsumerThreads);
+  run_roles<kMerge>(shared, &kv_map, params, block, merge, [&](WorkerItems& items) {
     // The shuffle tells the compiler that warps do not diverge here; without it, it serialises the WGMMAs.
     if (__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) == 0) {
       consume<0>(shared, params, block, items, merge);
     } else {
       consume<1>(shared, params, block, items, merge);
     }
-    __syncwarp();
-    leave_cluster<kClusterCtas>();
-    merge.run();
-  }
-  await_cluster<kClusterCtas>();
+  });
 }

@@ -39,33 +39,17 @@
 #include "cells.cuh"
 #include "cluster.cuh"
 #include "layout.cuh"
-#include "load_kv.cuh"
-#include "load_q.cuh"
 #include "merge.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
+#include "roles.cuh"
 #include "softmax.cuh"
 #include "work.cuh"
 
 using Element = MLA_ELEMENT;
 using Cells = HeadsOnN<kTileRows>;
 
-constexpr u32 kHeadDimQK = MLA_HEAD_DIM_QK;
-constexpr u32 kStages = 2;
-constexpr u32 kClusterCtas = MLA_CLUSTER_CTAS;  // CTAs (row blocks) that load each tile together
-
-constexpr u32 kConsumerGroups = 2;
-constexpr u32 kConsumerThreads = kConsumerGroups * kWarpgroupThreads;
-constexpr u32 kGroupWarps = kWarpgroupThreads / kWarpThreads;
-constexpr u32 kQLoaderWarps = 3;
-constexpr u32 kThreads = kConsumerThreads + kWarpgroupThreads;
-constexpr u32 kConsumerRegisters = 224;
-constexpr u32 kProducerRegisters = 56;
-
-constexpr u32 kChunks = kHeadDimQK / kChunkColumns;
 constexpr u32 kLatentChunks = kHeadDimV / kChunkColumns;
-constexpr u32 kStepsPerChunk = kChunkColumns / kReductionStep;
-constexpr u32 kStepsPerTile = kTileTokens / kReductionStep;
 constexpr u32 kRowChunkBytes = kTileRows * kChunkRowBytes;  // 64 columns of all query rows
 constexpr u32 kRowGroups = kTileRows / 8;
 constexpr u32 kAccumulators = kTileRows / 2;                // a thread's share of 64 x kTileRows
@@ -75,7 +59,6 @@ constexpr u32 kOutPitchBytes = kHeadDimV * 2 + kCellBytes;  // of a row of `exch
 
 static_assert(kTileRows == 16 || kTileRows == 32, "O fits one group's registers");
 static_assert(kTileTokens == kChunkRows && kTileTokens == kChunkColumns, "a chunk holds a tile's tokens");
-static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another number of threads");
 
 struct SharedPlan {
   alignas(1024) u16 q[kChunks][kTileRows * kChunkColumns];
@@ -98,8 +81,6 @@ struct SharedPlan {
   u64 kv_empty[kStages][1];
 };
 static_assert(sizeof(SharedPlan) <= MLA_SHARED_BYTES, "mlacore/params.py asks for less shared memory");
-
-using Tiles = ItemTiles<kStages>;
 
 enum NamedBarrier : u32 { kGroup = 1, kStates = kGroup + kConsumerGroups, kMerge };
 using Merge = SplitMerge<Element, Cells, kConsumerThreads, kMerge>;
@@ -529,48 +510,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
   // The stages serve as scratch once nothing is loaded into them any more.
   const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
 
-  if (threadIdx.x == 0) {
-    prefetch_tensormap(&kv_map);
-    mbarrier_init(shared_address(&shared.q_full), kQLoaderWarps * kWarpThreads);
-    mbarrier_init(shared_address(&shared.q_empty), kConsumerThreads / kWarpThreads);
-    for (u32 stage = 0; stage < kStages; ++stage) {
-      for (u32 chunk = 0; chunk < kChunks; ++chunk) mbarrier_init(shared_address(&shared.kv_full[stage][chunk]), 1);
-      mbarrier_init(shared_address(&shared.kv_empty[stage][0]), kClusterCtas * kGroupWarps);
-    }
-    merge.init();
-    fence_mbarrier_init();
-  }
-  enter_cluster<kClusterCtas>();
-  griddepcontrol_launch_dependents();
-  griddepcontrol_wait();  // everything above overlaps the end of the previous kernel; nothing above reads memory
-
-  if (threadIdx.x >= kConsumerThreads) {
-    setmaxnreg_dec<kProducerRegisters>();
-    const u32 warp = (threadIdx.x - kConsumerThreads) / kWarpThreads;
-    if (warp == 0) {
-      load_kv<kClusterCtas>(shared.kv, shared.kv_full, shared.kv_empty, &kv_map, params, block);
-    } else {
-      if (warp == 1) merge.announce();
-      load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, warp - 1);
-    }
-    __syncwarp();
-    leave_cluster<kClusterCtas>();
-    if (warp == 1) merge.watch();
-    __syncwarp();
-  } else {
-    setmaxnreg_inc<kConsumerRegisters>();
-    WorkerItems items(params, block.worker);
-    if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
-    constexpr u32 kWarps = kConsumerThreads / kWarpThreads;
-    if (items.has_items()) {
-      QueryRows<kWarps, kChunks, kTileRows * kChunkColumns>(shared.q, params, block, threadIdx.x / kWarpThreads)
-          .load(items.first_sequence());
-    }
-    barrier_cta_sync(kMerge, kConsumerThreads);
+  run_roles<kMerge>(shared, &kv_map, params, block, merge, [&](WorkerItems& items) {
     consume(shared, params, block, items, merge, __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0));
-    __syncwarp();
-    leave_cluster<kClusterCtas>();
-    merge.run();
-  }
-  await_cluster<kClusterCtas>();
+  });
 }

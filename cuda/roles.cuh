@@ -1,0 +1,82 @@
+// What both decode kernels make of a CTA: two groups of consumers, beside them a warp that loads K tiles, and three that
+// load Q. How it starts, what the loaders do, how it ends; the kernels bring the consumers.
+#pragma once
+#include "cluster.cuh"
+#include "layout.cuh"
+#include "load_kv.cuh"
+#include "load_q.cuh"
+#include "params.cuh"
+#include "ptx.cuh"
+#include "work.cuh"
+
+constexpr u32 kHeadDimQK = MLA_HEAD_DIM_QK;
+constexpr u32 kStages = 2;
+constexpr u32 kClusterCtas = MLA_CLUSTER_CTAS;  // CTAs (row blocks) that load each tile together
+constexpr u32 kChunks = kHeadDimQK / kChunkColumns;
+constexpr u32 kStepsPerChunk = kChunkColumns / kReductionStep;
+constexpr u32 kStepsPerTile = kTileTokens / kReductionStep;
+
+constexpr u32 kGroupWarps = kWarpgroupThreads / kWarpThreads;
+constexpr u32 kConsumerGroups = 2;
+constexpr u32 kConsumerWarps = kConsumerGroups * kGroupWarps;
+constexpr u32 kConsumerThreads = kConsumerGroups * kWarpgroupThreads;
+constexpr u32 kQLoaderWarps = 3;
+constexpr u32 kThreads = kConsumerThreads + kWarpgroupThreads;
+constexpr u32 kConsumerRegisters = 224;
+constexpr u32 kProducerRegisters = 56;
+
+static_assert(kClusterCtas == 1 || kClusterCtas == 2, "an SM pair (TPC) hosts the cluster, so that no SM is left over");
+static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another number of threads");
+
+using Tiles = ItemTiles<kStages>;
+
+// `shared` is the kernel's SharedPlan; `consume(items)` is what the consumers do with the worker's items, and kBarrier a
+// named barrier of theirs.
+template <u32 kBarrier, typename SharedPlan, typename Merge, typename Consume>
+__device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* kv_map, const DecodeParams& params,
+                                          const Block& block, const Merge& merge, const Consume& consume) {
+  if (threadIdx.x == 0) {
+    prefetch_tensormap(kv_map);
+    mbarrier_init(shared_address(&shared.q_full), kQLoaderWarps * kWarpThreads);
+    mbarrier_init(shared_address(&shared.q_empty), kConsumerWarps);
+    for (u32 stage = 0; stage < kStages; ++stage) {
+      for (u64& chunk : shared.kv_full[stage]) mbarrier_init(shared_address(&chunk), 1);
+      for (u64& part : shared.kv_empty[stage]) mbarrier_init(shared_address(&part), kClusterCtas * kGroupWarps);
+    }
+    merge.init();
+    fence_mbarrier_init();
+  }
+  enter_cluster<kClusterCtas>();
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();  // everything above overlaps the end of the previous kernel; nothing above reads memory
+
+  if (threadIdx.x >= kConsumerThreads) {
+    setmaxnreg_dec<kProducerRegisters>();
+    const u32 warp = (threadIdx.x - kConsumerThreads) / kWarpThreads;
+    if (warp == 0) {
+      load_kv<kClusterCtas>(shared.kv, shared.kv_full, shared.kv_empty, kv_map, params, block);
+    } else {
+      if (warp == 1) merge.announce();
+      load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, warp - 1);
+    }
+    __syncwarp();
+    leave_cluster<kClusterCtas>();
+    if (warp == 1) merge.watch();
+    __syncwarp();
+  } else {
+    setmaxnreg_inc<kConsumerRegisters>();
+    WorkerItems items(params, block.worker);
+    if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
+    if (items.has_items()) {
+      QueryRows<kConsumerWarps, kChunks, kTileRows * kChunkColumns>(shared.q, params, block,
+                                                                    threadIdx.x / kWarpThreads)
+          .load(items.first_sequence());
+    }
+    barrier_cta_sync(kBarrier, kConsumerThreads);
+    consume(items);
+    __syncwarp();
+    leave_cluster<kClusterCtas>();
+    merge.run();
+  }
+  await_cluster<kClusterCtas>();
+}
