@@ -133,7 +133,7 @@ def to_device(argument: str, array: Any, stream: Any = None) -> Any:
 def all_to_device(named: dict[str, Any], stream: Any = None) -> dict[str, Any]:
     """`to_device` of several arrays. Device and stream are entered once: that takes longer than most imports."""
     foreign = next((array for array in named.values() if not is_cupy(array)), None)
-    is_needless = stream is None or foreign is None or not is_gpu(foreign)
+    is_needless = stream is None or foreign is None
     with contextlib.nullcontext() if is_needless else on_device(_foreign_device(foreign), stream):
         return {name: to_device(name, array, stream) for name, array in named.items()}
 

@@ -143,7 +143,7 @@ def mla_decode(
     except AttributeError:  # the plan's first call; None; or no plan, which the checks name
         last = None
     if last is None or last.call != call or not is_aligned:
-        last = _of_another_plan(call, plan) if is_aligned else None
+        last = _prepared_before(call, plan) if is_aligned else None
     if last is None:
         scale = checks.check_call(
             q, kv_cache, block_table, cache_seqlens, out, lse, plan, head_dim_v, softmax_scale, causal
@@ -153,7 +153,7 @@ def mla_decode(
     if last is None:
         if plan is None:
             plan = _plan_for(q, kv_cache, cache_seqlens, causal, stream)
-        last = _of_another_plan(call, plan) or _prepare(call, q, kv_cache, block_table, plan, scale, bool(causal))
+        last = _prepared_before(call, plan) or _prepare(call, q, kv_cache, block_table, plan, scale, bool(causal))
     device = q.data.device_id
     stream = arrays.as_stream(stream, device)
     if out is None or lse is None:
@@ -233,8 +233,8 @@ _MAX_PREPARED = 256
 _plan_shape = operator.attrgetter(*(field.name for field in dataclasses.fields(DecodePlan) if field.type != "Any"))
 
 
-def _of_another_plan(call: tuple, plan: Any) -> _Checked | None:
-    """The call, if one like it was found right for a plan of the same shape."""
+def _prepared_before(call: tuple, plan: Any) -> _Checked | None:
+    """The call, if one like it was prepared, for this plan or another of its shape."""
     if not isinstance(plan, DecodePlan):
         return None
     try:

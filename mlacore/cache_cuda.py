@@ -47,7 +47,7 @@ class CudaStore:
         num_tokens, page_size = changes.num_tokens, self._layout.page_size
         where = self._cupy.empty((2, num_tokens or 1), np.int64)
         tables = self.block_table, self.cache_seqlens, self.limits, where
-        if len(changes.rows):
+        if changes.num_changes:
             if words := cache_kernels.update_words(changes):
                 cache_kernels.launch_update(changes, words, *tables, page_size, stream)
             else:

@@ -53,6 +53,11 @@ def update_words(changes: TableChanges) -> int | None:
     return None
 
 
+# Memory that launches by value have used, and its address, which NumPy takes a while to say. As `Launch` keeps its
+# frames: whoever takes one has it alone, as a list's pop and append are atomic.
+_by_value: dict[int, list[tuple[np.ndarray, int]]] = {words: [] for words in params.UPDATE_WORDS}
+
+
 def launch_update(
     changes: TableChanges,
     words: int,
@@ -67,7 +72,7 @@ def launch_update(
     table = block_table.data
     packed = changes.packed
     launch = _update_launch(
-        table.device_id, words, block_table.shape[1], len(changes.rows), changes.num_tokens, page_size
+        table.device_id, words, block_table.shape[1], changes.num_changes, changes.num_tokens, page_size
     )
     addresses = (table.ptr, cache_seqlens.data.ptr, limits.data.ptr, where.data.ptr)
     spare = _by_value[words]
@@ -79,11 +84,6 @@ def launch_update(
     by_value[: len(packed)] = packed
     launch(stream.ptr, addresses, address)
     spare.append((by_value, address))  # the driver has copied it
-
-
-# Memory that launches by value have used, and its address, which NumPy takes a while to say. As `Launch` keeps its
-# frames: whoever takes one has it alone, as a list's pop and append are atomic.
-_by_value: dict[int, list[tuple[np.ndarray, int]]] = {words: [] for words in params.UPDATE_WORDS}
 
 
 @functools.lru_cache(maxsize=256)
@@ -178,12 +178,12 @@ def prepare_write(
     return _prepare(f"cache_write.{dtype}", device, grid, threads, params.WRITE_PARAMS, values, _WRITE_ADDRESSES)
 
 
-# ---- pages and sequences -------------------------------------------------------------------------------------------
-
-
 def load_write(dtype: str, device: int) -> None:
     """Have the kernel of `launch_write` ready."""
     driver._function(f"cache_write.{dtype}", device, 0)
+
+
+# ---- pages and sequences -------------------------------------------------------------------------------------------
 
 
 def launch_copy(layers: Any, pages: Any, stream: Any) -> None:

@@ -220,7 +220,7 @@ def flash_mla_with_kvcache(
         is_host = arrays.on_numpy(**named)
         stream = None if is_host else arrays.current_stream_of(q)
         if not is_host:
-            named = {name: arrays.to_device(name, array, stream) for name, array in named.items()}
+            named = arrays.all_to_device(named, stream)
         views = (named["q"], named["k_cache"], named["block_table"], named["cache_seqlens"])
     plan = tile_scheduler_metadata._plan_for(views, head_dim_v, softmax_scale, causal, stream)
     batch, seq_len_q, num_heads, _ = q.shape

@@ -200,14 +200,14 @@ def mla_decode(
     planned = None if plan is None else plans.DecodePlan(**_fields(plan), device=None, work=None, splits=None)
     scale = checks.check_call(queries, pool, *tables, None, None, planned, head_dim_v, softmax_scale, causal)
     batch, seq_len_q, num_heads, _ = queries.shape
-    if plan is not None:  # a pytree, whose arrays anybody may have changed
+    if plan is None:
+        counts = {"num_heads": num_heads, "seq_len_q": seq_len_q, "num_kv_heads": pool.shape[2]}
+        plan = plan_decode(cache_seqlens, **counts, causal=bool(causal))
+    else:  # a pytree, whose arrays anybody may have changed
         for name, extents in (("work", (plan.num_workers + 1, 2)), ("splits", (plan.batch, 2))):
             array = _stand_in(f"plan.{name}", getattr(plan, name))
             shapes.Dims().match(f"plan.{name}", array.shape, extents)
             shapes.check_dtype(f"plan.{name}", array.dtype, [int32], "from plan_decode")
-    if plan is None:
-        counts = {"num_heads": num_heads, "seq_len_q": seq_len_q, "num_kv_heads": pool.shape[2]}
-        plan = plan_decode(cache_seqlens, **counts, causal=bool(causal))
     spec = xla_targets.spec(
         q=queries.shape,
         kv_cache=whole.shape,

@@ -336,11 +336,9 @@ def plan_shape(
             )
     # The kernel decides about bits as well: a batch-invariant choice looks at the rows alone.
     kernel = dispatch.choose(seq_len_q * (num_heads // num_kv_heads), batch, None if batch_invariant else max_seq_len)
-    if num_workers is not None:
-        pass
-    elif device is None:
+    if num_workers is None and device is None:
         num_workers = available_cpus()
-    else:
+    elif num_workers is None:
         from mlacore import driver
 
         num_workers = max(1, driver.resident_ctas(kernel, device) // (kernel.row_blocks * num_kv_heads))
