@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlacore import arrays, attention, cache_cuda, cache_kernels, driver, jit, launch, libcuda, params
+from mlacore import DecodePlan, arrays, attention, cache_cuda, cache_kernels, driver, jit, launch, libcuda, params
+from mlacore.arrays import bfloat16
 from mlacore.block_tables import advance_rows_numpy, apply_changes_numpy
+from mlacore.dispatch import KernelShape
 
 # Stands for ptx.cuh: what the cache's kernels use of it, in bfloat16.
 PTX = r"""
@@ -403,3 +405,35 @@ def pretend_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(libcuda, "_retained_context", functools.cache(libcuda._retained_context.__wrapped__))
     monkeypatch.setattr(attention, "_prepared", {})
     return fake
+
+
+# ---- a call ---------------------------------------------------------------------------------------------------------
+
+PLAN_SCRATCH = ("partial_out", "partial_lse", "merge_counters", "merge_abandoned", "launches")
+
+
+def make_plan(**changes: Any) -> DecodePlan:
+    """A plan of 4 workers for `make_call`'s shape; its arrays but `work` are not looked into, they have addresses."""
+    shape = {"batch": 3, "seq_len_q": 2, "num_heads": 128, "num_kv_heads": 1, "causal": False, "num_workers": 4}
+    kernel = KernelShape(tile_rows=64, cluster_ctas=2, row_blocks=4)
+    arrays_of_plan = {name: gpu_array((5, 2), np.int32) for name in ("work", "splits", *PLAN_SCRATCH)}
+    return DecodePlan(**shape | {"device": 0, "kernel": kernel} | arrays_of_plan | changes)
+
+
+def make_call(**changes: Any) -> dict[str, Any]:
+    """A valid call: 3 sequences, 2 queries, 128 heads, 12 pages, 4 columns. Every array has its own address."""
+    call = {
+        "q": gpu_array((3, 2, 128, 576), bfloat16),
+        "kv_cache": gpu_array((12, 64, 1, 576), bfloat16),
+        "block_table": gpu_array((3, 4), np.int32),
+        "cache_seqlens": gpu_array((3,), np.int32),
+        "out": gpu_array((3, 2, 128, 512), bfloat16),
+        "lse": gpu_array((3, 128, 2), np.float32),
+        "plan": make_plan(),
+    }
+    return call | changes
+
+
+def cupy_stream(handle: int) -> Any:
+    """What launches take of a CuPy stream."""
+    return types.SimpleNamespace(ptr=handle)
