@@ -1,4 +1,4 @@
-// The CTAs that load tiles together, one or a cluster of several: how they start, hand stages back and end.
+// The CTAs that load tiles together, one or a cluster of several: how they start and hand stages back.
 #pragma once
 #include "ptx.cuh"
 
@@ -22,14 +22,4 @@ __device__ __forceinline__ void release_stage(u32 empty) {
   } else {
     if (lane < kClusterCtas) mbarrier_arrive_cluster(empty, lane);
   }
-}
-
-// This thread is done with the barriers of the other CTAs. None may exit before the others are done with its own.
-template <u32 kClusterCtas>
-__device__ __forceinline__ void leave_cluster() {
-  if constexpr (kClusterCtas > 1) barrier_cluster_arrive();
-}
-template <u32 kClusterCtas>
-__device__ __forceinline__ void await_cluster() {
-  if constexpr (kClusterCtas > 1) barrier_cluster_wait();
 }

@@ -5,7 +5,8 @@
 #include "work.cuh"
 
 constexpr u32 kTileTokensLog2 = 6;
-constexpr u32 kSmallestPageLog2 = 4;
+template <u32 kClusterCtas>
+constexpr bool kReadOnce = kClusterCtas == 1;
 static_assert(kTileTokens == 1 << kTileTokensLog2, "");
 
 // Where the pages of a worker's tiles lie. A unit is what one TMA box may cover: a page, or a tile of a larger page. A
@@ -39,34 +40,39 @@ class PageIds {
 
 // One box, to this CTA or to all of the cluster.
 template <u32 kClusterCtas>
-__device__ __forceinline__ void load_box(u32 destination, const TensorMap* map, u32 barrier, i32 column, i32 page_row,
-                                         i32 kv_head, i32 page) {
+__device__ __forceinline__ void load_box(u32 destination, const TensorMap* map, u32 barrier, u32 chunk, i32 page_row,
+                                         i32 kv_head, i32 page, u64 policy) {
   if constexpr (kClusterCtas == 1) {
-    cp_async_bulk_tensor_4d(destination, map, barrier, column, page_row, kv_head, page);
+    cp_async_bulk_tensor_5d(destination, map, barrier, 0, page_row, i32(chunk), kv_head, page, policy);
   } else {
     constexpr u16 kAllCtas = (1 << kClusterCtas) - 1;
-    cp_async_bulk_tensor_4d_multicast(destination, map, barrier, column, page_row, kv_head, page, kAllCtas);
+    cp_async_bulk_tensor_5d_multicast(destination, map, barrier, 0, page_row, i32(chunk), kv_head, page, kAllCtas);
   }
 }
 
-// All tiles of the worker's items, as far ahead as the stages allow. Each CTA of a cluster loads a share of the rows of
-// every tile and multicasts it to all. A stage is handed back in kReleases parts of its latent columns; the rope chunk,
-// loaded last, is free once all are. A page id outside the pool, or past the table's end, reads as zeros: TMA does not
-// leave the tensor.
-template <u32 kClusterCtas, u32 kReleases, u32 kStages, u32 kChunks, u32 kChunkElems>
-__device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems], u64 (&kv_full)[kStages][kChunks],
-                                        u64 (&kv_empty)[kStages][kReleases], const TensorMap* kv_map,
+// All tiles of the worker's items, as far ahead as the stages allow. A tile comes in kParts parts of its columns, each
+// with its own barrier and, if pages have as many rows as tiles, in one box: a thread issues a box in 0.05 us, which is
+// time that the stage is empty (nine boxes: +9 % at b=128, h_q=128 on an H100). Of a cluster, each CTA loads some parts
+// and multicasts them to all. A stage is handed back in two halves of its latent columns. The first part lies in the
+// first half, the last one (P may lie in its rope chunk, until the second half is free) needs the second, the one
+// between them both. A page id outside the pool, or past the table's end, reads as zeros: TMA does not leave the tensor.
+template <u32 kClusterCtas, u32 kStages, u32 kChunks, u32 kParts, u32 kChunkElems>
+__device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems], u64 (&kv_full)[kStages][kParts],
+                                        u64 (&kv_empty)[kStages][2], const TensorMap* kv_map,
                                         const DecodeParams& params, const Block& block) {
+  constexpr u32 kPartChunks = kChunks / kParts;
   constexpr u32 kShareRows = kTileTokens / kClusterCtas;
-  constexpr u32 kMaxBoxes = kShareRows >> kSmallestPageLog2 > 1 ? kShareRows >> kSmallestPageLog2 : 1;
-  constexpr u32 kReleaseChunks = (kChunks - 1) / kReleases;
-  const u32 lane = threadIdx.x % kWarpThreads;
-  const i32 share = kClusterCtas > 1 ? i32(cluster_ctarank() * kShareRows) : 0;
+  static_assert(kParts == 3 && kParts * kPartChunks == kChunks, "where halves and parts meet is written out below");
+  static_assert(kClusterCtas <= 2, "two CTAs take turns at the middle part");
+  const u32 lane = threadIdx.x % kWarpThreads, rank = kClusterCtas > 1 ? cluster_ctarank() : 0;
   RingPosition<kStages> ring;
   WorkerItems items(params, block.worker);
   PageIds pages(params);
-  const i32 box_rows = min(pages.unit_tokens(), i32(kShareRows)), last_row = i32(kShareRows) - 1;
-  const i32 page_mask = (1 << params.page_size_log2) - 1;
+  const i32 box_rows = pages.unit_tokens(), page_mask = (1 << params.page_size_log2) - 1;
+  const bool has_whole_tiles = box_rows == i32(kTileTokens);
+  // What one CTA alone reads is read once. The rest of L2 (partial states, Q, block tables, the kernel itself) will be
+  // needed again: +3 % at b=128, h_q=16, s_k=4K on an H100.
+  const u64 policy = kReadOnce<kClusterCtas> ? createpolicy_evict_first() : createpolicy_evict_normal();
   pages.load(items.first_sequence(), items.first_tile());  // on its way while the length is
   bool is_loaded = true;
   Item item;
@@ -76,43 +82,51 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
       is_loaded = false;
       const i32 end = min(base + pages.tiles(), item.end_tile);
       for (i32 tile = base; tile < end; ++tile, ring.advance()) {
-        const i32 first_token = tile * i32(kTileTokens) + share;
-        i32 page[kMaxBoxes];
-#pragma unroll
-        for (u32 box = 0; box < kMaxBoxes; ++box)
-          page[box] = pages.page(first_token + min(i32(box) * box_rows, last_row));
-        i32 prefetch_page = -1;
+        const i32 first_token = tile * i32(kTileTokens), page = pages.page(first_token);
         if constexpr (kClusterCtas > 1) {
-          const i32 ahead = tile + params.prefetch_tiles;
-          if (params.prefetch_tiles > 0 && ahead < end) prefetch_page = pages.page(ahead * i32(kTileTokens));
-        }
-        if (lane != 0) continue;
-        if constexpr (kClusterCtas > 1) {
-          if (u32(prefetch_page) < u32(params.num_pages)) {
-            const i64 row = (first_token + params.prefetch_tiles * i32(kTileTokens)) & page_mask;
-            cp_async_bulk_prefetch(params.kv + prefetch_page * params.kv_stride_page + row * (kChunks * kChunkColumns),
-                                   kShareRows * kChunks * kChunkRowBytes);
+          const i32 ahead = first_token + params.prefetch_tiles * i32(kTileTokens);
+          if (params.prefetch_tiles > 0 && ahead < end * i32(kTileTokens)) {
+            const i32 page_ahead = pages.page(ahead), row = (ahead + i32(rank * kShareRows)) & page_mask;
+            if (lane == 0 && u32(page_ahead) < u32(params.num_pages)) {
+              cp_async_bulk_prefetch(params.kv + page_ahead * params.kv_stride_page + row * i32(kChunks * kChunkColumns),
+                                     kShareRows * kChunks * kChunkRowBytes);
+            }
           }
         }
-        const u32 full = shared_address(kv_full[ring.stage]);
-        const u32 destination = shared_address(kv[ring.stage][0]) + u32(share) * kChunkRowBytes;
+        const u32 destination = shared_address(kv[ring.stage][0]);
 #pragma unroll
-        for (u32 chunk = 0; chunk < kChunks; ++chunk) {
-          if (chunk % kReleaseChunks == 0 && chunk + 1 < kChunks) {
-            wait_phase(shared_address(&kv_empty[ring.stage][chunk / kReleaseChunks]), ring.phase ^ 1);
+        for (u32 part = 0; part < kParts; ++part) {
+          if (part < 2) wait_phase(shared_address(&kv_empty[ring.stage][part]), ring.phase ^ 1);
+          const u32 full = shared_address(&kv_full[ring.stage][part]), chunk = part * kPartChunks;
+          if (lane == 0) mbarrier_arrive_expect_tx(full, kPartChunks * kChunkBytes);
+          if (kClusterCtas > 1 && rank != (part == 0 ? 0 : part == 2 ? 1 : u32(tile) % 2)) continue;
+          if (has_whole_tiles) {
+            if (lane == 0) {
+              load_box<kClusterCtas>(destination + chunk * kChunkBytes, kv_map, full, chunk, first_token & page_mask,
+                                     block.kv_head, page, policy);
+            }
+            continue;
           }
-          mbarrier_arrive_expect_tx(full + chunk * sizeof(u64), kChunkBytes);
-#pragma unroll
-          for (u32 box = 0; box < kMaxBoxes; ++box) {
-            const i32 row = i32(box) * box_rows;
-            if (row > last_row) break;
-            load_box<kClusterCtas>(destination + chunk * kChunkBytes + u32(row) * kChunkRowBytes, kv_map,
-                                   full + chunk * sizeof(u64), i32(chunk * kChunkColumns),
-                                   (first_token + row) & page_mask, block.kv_head, page[box]);
+#pragma unroll 1
+          for (i32 row = 0; row < i32(kTileTokens); row += box_rows) {
+            const i32 page_of_row = pages.page(first_token + row);
+#pragma unroll 1
+            for (u32 c = chunk; c < chunk + kPartChunks; ++c) {
+              if (lane != 0) break;
+              load_box<kClusterCtas>(destination + c * kChunkBytes + u32(row) * kChunkRowBytes, kv_map, full, c, 0,
+                                     block.kv_head, page_of_row, policy);
+            }
           }
         }
       }
     }
     is_loaded = false;  // an item without tiles has not used what was loaded for it
+  }
+  if constexpr (kClusterCtas > 1) {
+    // The other CTA hands the last stages back, too: this one must not exit before. A barrier of the cluster's threads
+    // would hold up the consumers, 0.7 us.
+    for (u32 i = 0; i < kStages; ++i, ring.advance()) {
+      for (u64& half : kv_empty[ring.stage]) wait_phase(shared_address(&half), ring.phase ^ 1);
+    }
   }
 }

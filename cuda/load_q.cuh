@@ -18,7 +18,7 @@ class QueryRows {
     my_offset_ = at.exists ? at.seq * params.q_stride_seq + at.head * params.q_stride_head : kAbsent;
   }
 
-  // The rows are in place when all warps have returned and met.
+  // The rows are on their way. They are in place when all warps have awaited theirs and met.
   __device__ __forceinline__ void load(i32 sequence) const {
     const u32 lane = threadIdx.x % kWarpThreads;
     const u16* source = params_.q + sequence * params_.q_stride_batch;
@@ -35,6 +35,8 @@ class QueryRows {
         cp_async_16(chunk + swizzled_offset(row, cell % kCellsPerRow), from + cell * 8, exists ? kCellBytes : 0);
       }
     }
+  }
+  __device__ __forceinline__ static void await() {
     cp_async_wait_all();
     fence_proxy_async();
   }
@@ -51,16 +53,26 @@ class QueryRows {
   i64 my_offset_;
 };
 
-// Q of the worker's items but the first, by kWarps warps of which this is number `warp`.
-template <u32 kWarps, u32 kChunks, u32 kChunkElems>
+// Q of the worker's items but the first, by kWarps warps of which this is number `warp`. The first of them is the herald
+// as well: of a sequence in two splits it finds out who comes second when Q of the item has been read for the last time.
+template <u32 kWarps, typename Merge, u32 kChunks, u32 kChunkElems>
 __device__ __forceinline__ void load_later_q(u16 (&q)[kChunks][kChunkElems], u64& q_full, u64& q_empty,
-                                             const DecodeParams& params, const Block& block, u32 warp) {
+                                             const DecodeParams& params, const Block& block, const Merge& merge,
+                                             u32 warp) {
   const QueryRows<kWarps, kChunks, kChunkElems> rows(q, params, block, warp);
   const WorkerItems items(params, block.worker);
   u32 phase = 0;
-  for (i32 sequence = items.first_sequence() + 1; sequence <= items.last_sequence(); ++sequence, phase ^= 1) {
+  for (i32 sequence = items.first_sequence(); sequence <= items.last_sequence(); ++sequence, phase ^= 1) {
+    const bool is_first = sequence == items.first_sequence(), is_last = sequence == items.last_sequence();
+    if (is_last && warp != 0) break;
     wait_phase(shared_address(&q_empty), phase);
-    rows.load(sequence);
-    mbarrier_arrive(shared_address(&q_full));
+    const bool claims = warp == 0 && (is_first || is_last) && merge.is_pair(is_first);
+    const bool is_second = claims && merge.claim(is_first);
+    if (!is_last) {
+      rows.load(sequence + 1);
+      rows.await();
+      mbarrier_arrive(shared_address(&q_full));
+    }
+    if (claims) merge.tell_claim(is_first, is_second);
   }
 }

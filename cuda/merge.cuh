@@ -7,7 +7,7 @@
 // others would take three.
 //
 // Two splits: the worker that comes first leaves its state in memory and goes on. The other adds it to its own, in
-// registers, and writes the result. The state that never was in memory is rounded as if it had been, and sums and
+// registers, and writes the result. Who is first is settled a little before the items end, so that nobody waits for it. The state that never was in memory is rounded as if it had been, and sums and
 // products are rounded alike whoever comes last.
 //
 // More splits: every worker writes its state to memory, and when it has no items left merges its own slice of the rows
@@ -65,12 +65,13 @@ enum Standing : u32 {
 // What one worker keeps in shared memory for its merges.
 struct MergeShared {
   SplitGroup groups[2];  // of the first item, of the last one
-  bool is_second[2];     // of these items, if one of two splits: the other split has claimed before
+  u32 is_second[2];      // of these items, if one of two splits: the other split has claimed before
   u32 standing[2];
   u32 launch;            // number that this launch's cells carry
   u32 items_done;
   i32 next_split;        // from thread 0 to the others
   u64 ready;             // mbarrier: groups and launch have been read
+  u64 claimed[2];        // mbarriers: is_second is known
 };
 
 // One state's share of the sum of two. Products are rounded before they are added, so that the order does not matter.
@@ -82,10 +83,11 @@ __device__ __forceinline__ float sum_of_products(float a, float weight_a, float 
 struct SumOfTwo {
   float own_weight, other_weight, lse;
 
+  SumOfTwo() = default;
   __device__ __forceinline__ SumOfTwo(float own, float other) {
     const float top = fmaxf(own, other), base = finite_or_zero(top);
     const float own_part = ex2(own - base), other_part = ex2(other - base), total = own_part + other_part;
-    const float scale = total == 0.f ? 0.f : 1.f / total;
+    const float scale = total == 0.f ? 0.f : rcp(total);
     own_weight = own_part * scale;
     other_weight = other_part * scale;
     lse = total == 0.f ? -infinity() : top + log2f(total);
@@ -108,6 +110,7 @@ class SplitMerge {
   // Before the block meets for the first time, by one thread.
   __device__ __forceinline__ void init() const {
     mbarrier_init(shared_address(&shared_.ready), 1);
+    for (u64& claimed : shared_.claimed) mbarrier_init(shared_address(&claimed), 1);
     shared_.standing[0] = shared_.standing[1] = kUnknown;
     shared_.items_done = 0;
   }
@@ -154,6 +157,24 @@ class SplitMerge {
       if (lane == 0) set_standing(i, standing);
     }
   }
+  // Two splits, of the worker's first or of its last item: whether this one comes second. To be called shortly before
+  // the item ends, once each; then told to the consumers.
+  __device__ __forceinline__ bool claim(bool is_first) const {
+    u32 earlier = 0;
+    if (threadIdx.x % kWarpThreads == 0) earlier = atom_inc_relaxed_gpu(counter(group_of(is_first)), 1);
+    return __shfl_sync(0xffffffffu, earlier, 0) == 1;
+  }
+  __device__ __forceinline__ void tell_claim(bool is_first, bool is_second) const {
+    const u32 lane = threadIdx.x % kWarpThreads;
+    if (lane == 0) {
+      shared_.is_second[is_first ? 0 : 1] = is_second;
+      mbarrier_arrive(shared_address(&shared_.claimed[is_first ? 0 : 1]));
+    }
+    if (!is_second) return;
+    // The other state may have gone to memory meanwhile: into L2 with it before the consumers ask.
+    constexpr u32 kLaneCells = Cells::kCells / kWarpThreads;
+    cp_async_bulk_prefetch(partial_cells(other_slot(is_first)) + lane * kLaneCells, kLaneCells * sizeof(uint4));
+  }
   // Until it is known whether the worker may wait for the other splits.
   __device__ __forceinline__ void watch() const {
     const u32 lane = threadIdx.x % kWarpThreads;
@@ -185,25 +206,23 @@ class SplitMerge {
 
   // Before anything below.
   __device__ __forceinline__ void await_groups() const { wait_phase(shared_address(&shared_.ready), 0); }
-  __device__ __forceinline__ const SplitGroup& group_of(const Item& item) const {
-    return shared_.groups[item.is_first ? 0 : 1];
-  }
   __device__ __forceinline__ bool is_split(const Item& item) const {
-    return (item.is_first || item.is_last) && group_of(item).num_splits > 1;
+    return (item.is_first || item.is_last) && group_of(item.is_first).num_splits > 1;
   }
   __device__ __forceinline__ u32 launch() const { return shared_.launch; }
   __device__ __forceinline__ i32 own_slot(const Item& item) const { return partial_slot(block_.worker, item.is_first); }
 
   // Two splits. The first writes its state, the second reads it.
-  __device__ __forceinline__ bool is_pair(const Item& item) const { return group_of(item).num_splits == 2; }
-  // By thread 0: who comes second reads the other's state.
-  __device__ __forceinline__ void claim(const Item& item) const {
-    shared_.is_second[item.is_first ? 0 : 1] = atom_inc_relaxed_gpu(counter(group_of(item)), 1) == 1;
+  __device__ __forceinline__ bool is_pair(bool is_first) const { return group_of(is_first).num_splits == 2; }
+  // Of an item that is split: whether the other split's state is there, or will be, to be added to this one's.
+  __device__ __forceinline__ bool adds_other(const Item& item) const {
+    if (!is_pair(item.is_first)) return false;
+    const u32 i = item.is_first ? 0 : 1;
+    wait_phase(shared_address(&shared_.claimed[i]), 0);
+    return shared_.is_second[i];
   }
-  // Once all threads know of claim(): whether the other split's state is to be added to this one's.
-  __device__ __forceinline__ bool is_second(const Item& item) const { return shared_.is_second[item.is_first ? 0 : 1]; }
-  __device__ __forceinline__ i32 other_slot(const Item& item) const {
-    const SplitGroup& group = group_of(item);
+  __device__ __forceinline__ i32 other_slot(bool is_first) const {
+    const SplitGroup& group = group_of(is_first);
     return group.slot(1 - (block_.worker - group.first_worker));
   }
 
@@ -267,6 +286,8 @@ class SplitMerge {
   const RowTable& rows_;
   State* scratch_;
 
+  // The splits that share the worker's first item, or its last one if that is another.
+  __device__ __forceinline__ const SplitGroup& group_of(bool is_first) const { return shared_.groups[is_first ? 0 : 1]; }
   // Splits that have started, modulo their number; of two, those that have claimed.
   __device__ __forceinline__ u32* counter(const SplitGroup& group) const {
     return params_.merge_counters + index_of_block(params_, block_, group.first_worker);
@@ -351,57 +372,64 @@ class SplitMerge {
     const Cells at(unit);
     const bool exists = rows_.out_row[at.first_row()] >= 0;
     const u32 launch = shared_.launch;
-    // From one split to the next it is two slots, but for the first, which may be its worker's last item.
-    const u32 blocks = params_.blocks_per_worker, slot_of_first = u32(group.slot(0) % 2) * blocks;
-    const uint4* const all_lses = partial_lses(2 * group.first_worker) + at.pair();
-    const uint4* const all_cells = partial_cells(2 * group.first_worker) + at.memory_index();
+    // From one split to the next it is two slots, but for the first, which may be its worker's last item. Where there
+    // are fewer splits than a batch has, the last one stands in, without weight.
+    const u64 blocks = params_.blocks_per_worker, first_slot = group.slot(0) % 2;
+    const uint4* lse_cell = partial_lses(2 * group.first_worker) + at.pair();
+    const uint4* cell = partial_cells(2 * group.first_worker) + at.memory_index();
+    const u64 lse_step = 2 * blocks * Cells::kRowPairs, cell_step = 2 * blocks * Cells::kCells;
+    lse_cell += u64(begin) * lse_step;
+    cell += u64(begin) * cell_step;
+    if (begin == 0) {
+      lse_cell += first_slot * blocks * Cells::kRowPairs;
+      cell += first_slot * blocks * Cells::kCells;
+    }
     State state = {{}, {}, {-infinity(), -infinity()}};
 #pragma unroll 1
     for (i32 first = begin; first < end; first += kBatch) {
-      const u32 slot = first == 0 ? slot_of_first : 2 * u32(first) * blocks;
-      const uint4* const first_lses = all_lses + u64(slot) * Cells::kRowPairs;
-      const uint4* const first_cells = all_cells + u64(slot) * Cells::kCells;
-      const uint4* const later_lses = all_lses + u64(2 * u32(first) * blocks) * Cells::kRowPairs;
-      const uint4* const later_cells = all_cells + u64(2 * u32(first) * blocks) * Cells::kCells;
-      const i32 count = exists ? end - first : 0;
       uint4 lses[kBatch], cells[kBatch][kUnitCells];
+      const uint4 *next_lse_cell, *next_cell;
       // All at once at first. If something is missing, the few cells of the row pairs are polled: they come last.
-      bool takes_all = true;
+      bool takes_all = true, is_there;
       Watchdog watchdog;
-      while (true) {
+      do {
         watchdog.turn();
+        is_there = true;
+        next_lse_cell = lse_cell;
+        next_cell = cell;
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
-          lses[i] = pack_lse(-infinity(), -infinity(), launch);
-          const uint4* from = i == 0 ? first_lses : later_lses + u64(2 * u32(i) * blocks) * Cells::kRowPairs;
-          if (i < count) lses[i] = ld_relaxed_gpu_16(from);
-        }
-        if (takes_all) {
+          lses[i] = ld_relaxed_gpu_16(next_lse_cell);
+          if (takes_all) {
 #pragma unroll
-          for (i32 i = 0; i < kBatch; ++i) {
-            const uint4* from = i == 0 ? first_cells : later_cells + u64(2 * u32(i) * blocks) * Cells::kCells;
-#pragma unroll
-            for (u32 c = 0; c < kUnitCells; ++c) {
-              cells[i][c] = uint4{0, 0, 0, launch};
-              if (i < count) cells[i][c] = ld_relaxed_gpu_16(from + c * Cells::kCellStride);
-            }
+            for (u32 c = 0; c < kUnitCells; ++c) cells[i][c] = ld_relaxed_gpu_16(next_cell + c * Cells::kCellStride);
+          }
+          if (first + i + 1 >= end) continue;
+          next_lse_cell += lse_step;
+          next_cell += cell_step;
+          if (i == 0 && first == 0) {
+            next_lse_cell -= first_slot * blocks * Cells::kRowPairs;
+            next_cell -= first_slot * blocks * Cells::kCells;
           }
         }
-        bool is_there = true;
 #pragma unroll
-        for (i32 i = 0; i < kBatch; ++i) is_there = is_there && lses[i].w == launch;
-        is_there = __all_sync(0xffffffffu, is_there);
-        if (takes_all) {
-          bool has_cells = is_there;
+        for (i32 i = 0; i < kBatch; ++i) {
+          is_there = is_there && lses[i].w == launch;
+          if (takes_all) {
 #pragma unroll
-          for (i32 i = 0; i < kBatch; ++i) {
-#pragma unroll
-            for (u32 c = 0; c < kUnitCells; ++c) has_cells = has_cells && cells[i][c].w == launch;
+            for (u32 c = 0; c < kUnitCells; ++c) is_there = is_there && cells[i][c].w == launch;
           }
-          has_cells = __all_sync(0xffffffffu, has_cells);
-          if (has_cells) break;
         }
+        is_there = __all_sync(0xffffffffu, is_there || !exists);
+        const bool has_cells = is_there && takes_all;
         takes_all = is_there;
+        is_there = has_cells;
+      } while (!is_there);
+      lse_cell = next_lse_cell;
+      cell = next_cell;
+#pragma unroll
+      for (i32 i = 0; i < kBatch; ++i) {
+        if (first + i >= end || !exists) lses[i] = pack_lse(-infinity(), -infinity(), launch);
       }
       const float2 old_top = state.top;
       float2 top = {-infinity(), -infinity()};

@@ -5,8 +5,8 @@
 //   lse = log sum exp(S)
 //
 // Grid: row blocks (of 64 query rows) x KV heads x workers: CTAs that want the same pages run side by side. With an
-// even number of row blocks two of them form a cluster: each loads half of every tile and multicasts it to both, which
-// halves what L2 has to deliver, and may prefetch a later tile to L2. A worker walks its items of the split schedule
+// even number of row blocks two of them form a cluster: each loads some columns of every tile and multicasts them to
+// both, which halves what L2 has to deliver, and may prefetch a later tile to L2. A worker walks its items of the split schedule
 // (schedule.cuh); an item that covers its whole sequence writes out and lse, splits are merged as merge.cuh says, in
 // the same launch.
 //
@@ -19,15 +19,16 @@
 // Barriers:
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
 //   q_empty            8 (warps)     both groups -> Q loaders: last QK^T of the item has read Q
-//   kv_full[s][c]      1 + bytes     TMA -> owner of the tile: chunk c of the tile in stage s has landed
+//   kv_full[s][p]      1 + bytes     TMA -> owner of the tile: part p of the tile in stage s has landed
 //   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: it has done O += P V of its half of
 //                      a CTA         stage s, and all else that it does with the stage
 //   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory
 //   kGroup+g          named, 128     within group g
 //   kSums             named, 256     both groups: row sums of the item exchanged
-//   kMerge            named, 256     both groups: start-up, at which they load the first item's Q; end of all items;
-//                                    merges of more than two splits
+//   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; end of all
+//                                    items; merges of more than two splits
 //   merge.ready        1             herald -> both groups: who shares the worker's items
+//   merge.claimed[i]   1             herald -> both groups: which of two splits comes second (first item 0, last 1)
 //
 // Schedule of a pair of tiles (a: even, b: odd). Half of O fits one group's registers, so the groups share its columns
 // and each needs the other's P:
@@ -51,10 +52,11 @@
 // What limits it (H100, b=128, h_q=128, s_q=2, s_k=16K): 1.9 GHz falls to 1.6 under the 700 W limit; in `make bench` a
 // tile takes 3380 cycles at 1.79 GHz, of which the tensor cores need 2176 (64 %). Traced in short bursts with clock
 // reads, about 5300 cycles a pair of tiles, of which the tensor cores need 4352. The loop of a stage is the longest
-// chain: about 1000 cycles from its release to the first chunk and 1300 until the last, 400 for the rest of QK^T, 700
-// for the softmax (next to the other group's WGMMAs it issues at half its rate), then both halves of P V and their
-// hand-over. At s_q=1 the pages come from memory and not from L2, which lengthens the first figure; the prefetch takes
-// most of that back. What was tried without gain stands in the CHANGELOG.
+// chain: its release until all parts have landed, 400 for the rest of QK^T, 700 for the softmax (next to the other
+// group's WGMMAs it issues at half its rate), then both halves of P V and their hand-over. At s_q=1 the pages come from
+// memory and not from L2; the prefetch takes most of that back. Traced, too: a call's first pair of tiles takes 5 to 10
+// us longer than later ones, because instructions that run for the first time come through the same busy memory as the
+// pages: short code pays. What was tried without gain stands in the CHANGELOG.
 #include "cells.cuh"
 #include "cluster.cuh"
 #include "epilogue.cuh"
@@ -87,8 +89,8 @@ struct SharedPlan {
   MergeShared merge;
   u64 q_full;
   u64 q_empty;
-  u64 kv_full[kStages][kChunks];
-  u64 kv_empty[kStages][kConsumerGroups];
+  u64 kv_full[kStages][kParts];
+  u64 kv_empty[kStages][kHalves];
 };
 static_assert(sizeof(SharedPlan) <= MLA_SHARED_BYTES, "mlacore/params.py asks for less shared memory");
 
@@ -121,19 +123,22 @@ struct Consumer {
   __device__ __forceinline__ Consumer(SharedPlan& s, const DecodeParams& p, const Block& b)
       : shared(s), params(p), block(b) {}
 
-  // Scores of chunks [kBegin, kEnd) of the tile's columns, as one committed group.
+  // Scores of parts [kBegin, kEnd) of the tile's columns, as one committed group.
   template <u32 kBegin, u32 kEnd>
   __device__ __forceinline__ void start_scores(const Tile& tile) {
     const u64 q = k_major_descriptor(shared_address(shared.q));
     const u64 k = k_major_descriptor(shared_address(shared.kv[tile.stage]));
     wgmma_fence();
+#pragma unroll 1
+    for (u32 part = kBegin; part < kEnd; ++part) {  // not unrolled: the first time, instructions are slow to come
+      wait_phase(shared_address(&shared.kv_full[tile.stage][part]), tile.phase);
 #pragma unroll
-    for (u32 chunk = kBegin; chunk < kEnd; ++chunk) {
-      wait_phase(shared_address(&shared.kv_full[tile.stage][chunk]), tile.phase);
+      for (u32 i = 0; i < kPartChunks; ++i) {
 #pragma unroll
-      for (u32 step = 0; step < kStepsPerChunk; ++step) {
-        const u64 at = chunk * (kChunkBytes / 16) + step * kKMajorStep;
-        wgmma_m64n64k16_ss<Element>(scores, q + at, k + at, chunk + step > 0);
+        for (u32 step = 0; step < kStepsPerChunk; ++step) {
+          const u64 at = (part * kPartChunks + i) * (kChunkBytes / 16) + step * kKMajorStep;
+          wgmma_m64n64k16_ss<Element>(scores, q + at, k + at, part + i + step > 0);
+        }
       }
     }
     wgmma_commit_group();
@@ -162,17 +167,18 @@ struct Consumer {
       mask_scores(scores, fragment_column(thread), limit);
     }
     const float scale_log2 = params.softmax_scale_log2;
-    RowPair factors = {1.f, 1.f};
-    const auto renew_reference = [&] {
-      const RowPair updated = new_reference(thread_max(scores), reference, scale_log2);
-      factors = rescale_factors(reference, updated);
-      reference = updated;
-    };
-    if (is_first) renew_reference();
-    RowPair tile_sum = exponentiate<Element>(scores, probabilities, reference, scale_log2);
-    if (!is_first && needs_new_reference(tile_sum, reference)) {
-      renew_reference();
+    RowPair factors = {1.f, 1.f}, tile_sum;
+    bool renews = is_first;
+#pragma unroll 1
+    while (true) {  // twice at most
+      if (renews) {
+        const RowPair updated = new_reference(thread_max(scores), reference, scale_log2);
+        factors = rescale_factors(reference, updated);
+        reference = updated;
+      }
       tile_sum = exponentiate<Element>(scores, probabilities, reference, scale_log2);
+      if (renews || !needs_new_reference(tile_sum, reference)) break;
+      renews = true;
     }
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) sum.r[i] = sum.r[i] * factors.r[i] + tile_sum.r[i];
@@ -274,7 +280,7 @@ struct Consumer {
 
   // Even tiles are this group's own. The tile of one pair is scored behind the O update of the pair before.
   __device__ __forceinline__ void attend_even(const Tiles& tiles) {
-    start_scores<0, kChunks>(tiles[0]);  // 1
+    start_scores<0, kParts>(tiles[0]);  // 1
     finish_scores();
     i32 a = 0;
     for (; a + 2 < tiles.count; a += 2) {
@@ -282,12 +288,12 @@ struct Consumer {
       attend_own(even, a == 0);
       rescale_out(take_probabilities(odd));
       start_peer_out(odd);  // 6
-      // 1': one chunk keeps the tensor cores fed while the O update is awaited
+      // 1': one part keeps the tensor cores fed while the O update is awaited
       start_scores<0, 1>(next);
       wgmma_wait_group<1>();
       keep_order(out);
       release_half(odd);  // 8
-      start_scores<1, kChunks>(next);
+      start_scores<1, kParts>(next);
       finish_scores();
     }
     release_q();
@@ -307,7 +313,7 @@ struct Consumer {
     i32 a = 0;
     for (; a + 1 < tiles.count; a += 2) {
       const Tile even = tiles[a], odd = tiles[a + 1];
-      start_scores<0, kChunks>(odd);                          // 1
+      start_scores<0, kParts>(odd);                          // 1
       const RowPair peer_factors = take_probabilities(even);  // 2
       finish_scores();
       if (a + 3 >= tiles.count) release_q();
@@ -335,8 +341,7 @@ struct Consumer {
   // Row sums over both groups' tiles; then out and lse, or a partial state when the sequence is split.
   __device__ __forceinline__ void write_item(const Item& item, u32 item_parity, const Merge& merge) {
     merge.await_groups();
-    const bool is_split = merge.is_split(item), is_pair = is_split && merge.is_pair(item);
-    if (is_pair && threadIdx.x == 0) merge.claim(item);
+    const bool is_split = merge.is_split(item);
     float (&sums)[kConsumerGroups][kTileRows] = shared.row_sum[item_parity];
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
@@ -349,13 +354,13 @@ struct Consumer {
     for (u32 i = 0; i < 2; ++i) {
       const float total = sums[0][row + 8 * i] + sums[1][row + 8 * i];
       lse[i] = total == 0.f ? -infinity() : reference.r[i] + log2f(total);
-      scale[i] = total == 0.f ? 0.f : 1.f / total;
+      scale[i] = total == 0.f ? 0.f : rcp(total);
     }
-    if (is_split && !(is_pair && merge.is_second(item))) {
+    if (is_split && !merge.adds_other(item)) {
       const i32 slot = merge.own_slot(item);
       write_partial(merge.partial_cells(slot), merge.partial_lses(slot), lse, scale, merge.launch());
     } else if (is_split) {
-      const i32 slot = merge.other_slot(item);
+      const i32 slot = merge.other_slot(item.is_first);
       write_sum(item, merge.partial_cells(slot), merge.partial_lses(slot), lse, scale, merge.launch());
     } else {
 #pragma unroll
@@ -385,53 +390,58 @@ struct Consumer {
   // the WGMMAs: what writes them must not stand in a branch.
   __device__ __forceinline__ void write_sum(const Item& item, const uint4* cells, const uint4* lses,
                                             const float (&lse)[2], const float (&scale)[2], u32 launch) {
-    constexpr u32 kInFlight = 8, kWords = 4;
+    SumOfTwo both[2];
+    const uint4* const own_cells = cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8, thread);
+    // Cells on their way at once; as accumulators are done with, there is room for more.
+    write_sum_part<0, 8>(item, own_cells, lses + HeadsOnM::pair_of(thread), lse, scale, launch, both);
+    write_sum_part<8, 12>(item, own_cells, nullptr, lse, scale, launch, both);
+    write_sum_part<20, 12>(item, own_cells, nullptr, lse, scale, launch, both);
+  }
+
+  // Of cells [kFirst, kFirst + kCount); the first part finds `both` and writes lse.
+  template <u32 kFirst, u32 kCount>
+  __device__ __forceinline__ void write_sum_part(const Item& item, const uint4* cells, const uint4* pair_lse,
+                                                 const float (&lse)[2], const float (&scale)[2], u32 launch,
+                                                 SumOfTwo (&both)[2]) {
+    constexpr u32 kWords = 4;
     const bool exists[2] = {shared.rows.out_row[row] >= 0, shared.rows.out_row[row + 8] >= 0};
-    uint4 pair;
-    Watchdog pair_watchdog;
+    uint4 pair, parts[kCount];
+    bool is_there;
+    Watchdog watchdog;
     do {
-      pair_watchdog.turn();
-      pair = ld_relaxed_gpu_16(lses + HeadsOnM::pair_of(thread));
-    } while (!__all_sync(0xffffffffu, pair.w == launch || !exists[0]));
-    const SumOfTwo both[2] = {{lse[0], unpack_lse(pair).x}, {lse[1], unpack_lse(pair).y}};
+      watchdog.turn();
+      is_there = true;
+      if constexpr (kFirst == 0) pair = ld_relaxed_gpu_16(pair_lse);
 #pragma unroll
-    for (u32 i = 0; i < 2; ++i) write_lse(item, i, both[i].lse);
-    u16* rows[2] = {out_row(item, 0) + lane % 4 * 8, out_row(item, 1) + lane % 4 * 8};
+      for (u32 j = 0; j < kCount; ++j) parts[j] = ld_relaxed_gpu_16(cells + (kFirst + j) * HeadsOnM::kCellStride);
+      if constexpr (kFirst == 0) is_there = pair.w == launch;
 #pragma unroll
-    for (u32 first = 0; first < kGroupColumns / 8; first += kInFlight) {
-      uint4 parts[kInFlight];
-      bool is_there;
-      Watchdog watchdog;
-      do {
-        watchdog.turn();
-        is_there = true;
+      for (u32 j = 0; j < kCount; ++j) is_there = is_there && parts[j].w == launch;
+    } while (!__all_sync(0xffffffffu, is_there || !exists[0]));
+    if constexpr (kFirst == 0) {
+      both[0] = {lse[0], unpack_lse(pair).x};
+      both[1] = {lse[1], unpack_lse(pair).y};
 #pragma unroll
-        for (u32 j = 0; j < kInFlight; ++j) {
-          parts[j] =
-              ld_relaxed_gpu_16(cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + first + j, thread));
-        }
+      for (u32 i = 0; i < 2; ++i) write_lse(item, i, both[i].lse);
+    }
 #pragma unroll
-        for (u32 j = 0; j < kInFlight; ++j) is_there = is_there && parts[j].w == launch;
-      } while (!__all_sync(0xffffffffu, is_there || !exists[0]));
+    for (u32 j = 0; j < kCount; j += kWords) {
+      u32 words[2][kWords];
 #pragma unroll
-      for (u32 j = 0; j < kInFlight; j += kWords) {
-        u32 words[2][kWords];
+      for (u32 k = 0; k < kWords; ++k) {
+        const float4 from = unpack_cell(parts[j + k]);
+        const u32 at = 4 * (kFirst + j + k);
+        words[0][k] =
+            cvt_pack<Element>(both[0].of(out[at] * scale[0], from.x), both[0].of(out[at + 1] * scale[0], from.y));
+        words[1][k] =
+            cvt_pack<Element>(both[1].of(out[at + 2] * scale[1], from.z), both[1].of(out[at + 3] * scale[1], from.w));
+      }
 #pragma unroll
-        for (u32 k = 0; k < kWords; ++k) {
-          const float4 from = unpack_cell(parts[j + k]);
-          const u32 at = 4 * (first + j + k);
-          words[0][k] =
-              cvt_pack<Element>(both[0].of(out[at] * scale[0], from.x), both[0].of(out[at + 1] * scale[0], from.y));
-          words[1][k] =
-              cvt_pack<Element>(both[1].of(out[at + 2] * scale[1], from.z), both[1].of(out[at + 3] * scale[1], from.w));
-        }
-#pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-          transpose_quad(words[i]);
-          if (exists[i]) {
-            *reinterpret_cast<uint4*>(rows[i] + 8 * (first + j)) = {words[i][0], words[i][1], words[i][2], words[i][3]};
-          }
-        }
+      for (u32 i = 0; i < 2; ++i) {
+        transpose_quad(words[i]);
+        if (!exists[i]) continue;
+        *reinterpret_cast<uint4*>(out_row(item, i) + lane % 4 * 8 + 8 * (kFirst + j)) = {words[i][0], words[i][1],
+                                                                                         words[i][2], words[i][3]};
       }
     }
   }
@@ -453,6 +463,7 @@ template <u32 kGroupIndex>
 __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& params, const Block& block,
                                         WorkerItems& items, const Merge& merge) {
   Consumer<kGroupIndex> group(shared, params, block);
+  await_first_query<kMerge>();
   Item item;
   u32 tiles_before = 0, num_items = 0;
   while (items.next(item)) {
@@ -486,7 +497,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
   // The stages serve as scratch once nothing is loaded into them any more.
   const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
 
-  run_roles<kMerge>(shared, &kv_map, params, block, merge, [&](WorkerItems& items) {
+  run_roles(shared, &kv_map, params, block, merge, [&](WorkerItems& items) {
     // The shuffle tells the compiler that warps do not diverge here; without it, it serialises the WGMMAs.
     if (__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) == 0) {
       consume<0>(shared, params, block, items, merge);

@@ -16,6 +16,7 @@ static_assert(kPlanWarps <= kWarpThreads, "one warp scans the warps' sums");
 // lengthen a stretch by kItemCostTiles at most.
 constexpr u32 kExtents = kItemCostTiles + 2;
 constexpr i32 kKept = 1024;  // sequences whose lengths are read once
+constexpr i32 kFew = 4;      // workers of a sequence that one thread writes
 
 // Sum over the lanes up to this one.
 __device__ __forceinline__ Position inclusive_sum(Position value) {
@@ -49,6 +50,15 @@ __device__ __forceinline__ void idle_workers(const PlanParams& params, i32 first
   for (i32 worker = first + i32(threadIdx.x); worker <= params.num_workers; worker += i32(kPlanThreads)) {
     params.work[2 * worker] = params.batch;
     params.work[2 * worker + 1] = 0;
+  }
+}
+
+// Workers begin, begin + step, ... up to `last` begin in this sequence.
+__device__ __forceinline__ void write_begins(const PlanParams& params, i32 begin, i32 step, i32 last, i32 sequence,
+                                             Position extent, Position position) {
+  for (i32 worker = begin; worker <= last; worker += step) {
+    params.work[2 * worker] = sequence;
+    params.work[2 * worker + 1] = begin_tile(worker, extent, position);
   }
 }
 
@@ -127,21 +137,27 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) mla_plan(const __grid
     const Position span = sequence < params.batch ? span_of(tiles, extent, is_aligned, kItemCostTiles) : 0;
     const Position position = spans_before + exclusive_sum(span, warp_sums, spans_of_round);
     spans_before += spans_of_round;
-    if (sequence >= params.batch) continue;
 
-    const i32 first = first_worker(position, extent, params.num_workers);
+    const bool exists = sequence < params.batch;
     const i32 last = last_worker(position, tiles, extent, params.num_workers);
-    params.splits[2 * sequence] = first;
-    params.splits[2 * sequence + 1] = last - first + 1;
-
-    const i32 previous_tiles = sequence > 0 ? tiles_at(sequence - 1) : 0;
+    if (exists) {
+      const i32 first = first_worker(position, extent, params.num_workers);
+      params.splits[2 * sequence] = first;
+      params.splits[2 * sequence + 1] = last - first + 1;
+    }
+    const i32 previous_tiles = exists && sequence > 0 ? tiles_at(sequence - 1) : 0;
     const Position previous_last =
         sequence > 0
             ? position - span_of(previous_tiles, extent, is_aligned, kItemCostTiles) + item_extent(previous_tiles) - 1
             : -1;
-    for (i32 worker = begin_workers_from(previous_last, extent); worker <= last; ++worker) {
-      params.work[2 * worker] = sequence;
-      params.work[2 * worker + 1] = begin_tile(worker, extent, position);
+    const i32 begin = exists ? begin_workers_from(previous_last, extent) : last + 1;
+    if (last - begin < kFew) write_begins(params, begin, 1, last, sequence, extent, position);
+    // A long sequence's workers are written by the whole warp.
+    for (u32 many = __ballot_sync(0xffffffffu, last - begin >= kFew); many != 0; many &= many - 1) {
+      const i32 from = __ffs(i32(many)) - 1;
+      write_begins(params, __shfl_sync(0xffffffffu, begin, from) + i32(lane), kWarpThreads,
+                   __shfl_sync(0xffffffffu, last, from), __shfl_sync(0xffffffffu, sequence, from), extent,
+                   __shfl_sync(0xffffffffu, position, from));
     }
     if (sequence == params.batch - 1) used_workers = last + 1;
   }

@@ -194,30 +194,43 @@ __device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(map)) : "memory");
 }
 
-// One box of a rank-4 tensor map into shared memory; the bytes are counted on `barrier`. Coordinates outside the
+// Cache policies of L2 ("createpolicy"): for data that is read once and may leave first, and the usual one.
+__device__ __forceinline__ u64 createpolicy_evict_first() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ u64 createpolicy_evict_normal() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// One box of a rank-5 tensor map into shared memory; the bytes are counted on `barrier`. Coordinates outside the
 // tensor read as zeros.
-__device__ __forceinline__ void cp_async_bulk_tensor_4d(u32 destination, const TensorMap* map, u32 barrier, i32 c0,
-                                                        i32 c1, i32 c2, i32 c3) {
+__device__ __forceinline__ void cp_async_bulk_tensor_5d(u32 destination, const TensorMap* map, u32 barrier, i32 c0,
+                                                        i32 c1, i32 c2, i32 c3, i32 c4, u64 policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
-      "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(destination),
+      "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
+      : "memory");
+}
+
+// The same into every CTA of `cta_mask`, at the same offset and counted on the barrier at the same offset of each.
+__device__ __forceinline__ void cp_async_bulk_tensor_5d_multicast(u32 destination, const TensorMap* map, u32 barrier,
+                                                                  i32 c0, i32 c1, i32 c2, i32 c3, i32 c4,
+                                                                  u16 cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(destination),
+      "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(cta_mask)
       : "memory");
 }
 
 // Brings `bytes`, a multiple of 16, from global memory to L2.
 __device__ __forceinline__ void cp_async_bulk_prefetch(const void* source, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-}
-
-// The same into every CTA of `cta_mask`, at the same offset and counted on the barrier at the same offset of each.
-__device__ __forceinline__ void cp_async_bulk_tensor_4d_multicast(u32 destination, const TensorMap* map, u32 barrier,
-                                                                  i32 c0, i32 c1, i32 c2, i32 c3, u16 cta_mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
-      "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(cta_mask)
-      : "memory");
 }
 
 // ---- matrices in shared memory ("stmatrix") ------------------------------------------------------------------------

@@ -13,6 +13,9 @@ constexpr u32 kHeadDimQK = MLA_HEAD_DIM_QK;
 constexpr u32 kStages = 2;
 constexpr u32 kClusterCtas = MLA_CLUSTER_CTAS;  // CTAs (row blocks) that load each tile together
 constexpr u32 kChunks = kHeadDimQK / kChunkColumns;
+constexpr u32 kPartChunks = MLA_PART_CHUNKS;
+constexpr u32 kParts = kChunks / kPartChunks;  // in which a tile arrives
+constexpr u32 kHalves = 2;  // of the latent columns, in which a stage is handed back
 constexpr u32 kStepsPerChunk = kChunkColumns / kReductionStep;
 constexpr u32 kStepsPerTile = kTileTokens / kReductionStep;
 
@@ -30,9 +33,17 @@ static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another numbe
 
 using Tiles = ItemTiles<kStages>;
 
-// `shared` is the kernel's SharedPlan; `consume(items)` is what the consumers do with the worker's items, and kBarrier a
-// named barrier of theirs.
-template <u32 kBarrier, typename SharedPlan, typename Merge, typename Consume>
+// Q of the worker's first item, which the consumers load themselves; all of them, before they use it or the row table.
+using FirstQuery = QueryRows<kConsumerWarps, kChunks, kTileRows * kChunkColumns>;
+template <u32 kBarrier>
+__device__ __forceinline__ void await_first_query() {
+  FirstQuery::await();
+  barrier_cta_sync(kBarrier, kConsumerThreads);
+}
+
+// `shared` is the kernel's SharedPlan; `consume(items)` is what the consumers do with the worker's items, of which there
+// are some: first of all they await Q.
+template <typename SharedPlan, typename Merge, typename Consume>
 __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* kv_map, const DecodeParams& params,
                                           const Block& block, const Merge& merge, const Consume& consume) {
   if (threadIdx.x == 0) {
@@ -40,8 +51,8 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
     mbarrier_init(shared_address(&shared.q_full), kQLoaderWarps * kWarpThreads);
     mbarrier_init(shared_address(&shared.q_empty), kConsumerWarps);
     for (u32 stage = 0; stage < kStages; ++stage) {
-      for (u64& chunk : shared.kv_full[stage]) mbarrier_init(shared_address(&chunk), 1);
-      for (u64& part : shared.kv_empty[stage]) mbarrier_init(shared_address(&part), kClusterCtas * kGroupWarps);
+      for (u64& part : shared.kv_full[stage]) mbarrier_init(shared_address(&part), 1);
+      for (u64& half : shared.kv_empty[stage]) mbarrier_init(shared_address(&half), kClusterCtas * kGroupWarps);
     }
     merge.init();
     fence_mbarrier_init();
@@ -57,10 +68,8 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
       load_kv<kClusterCtas>(shared.kv, shared.kv_full, shared.kv_empty, kv_map, params, block);
     } else {
       if (warp == 1) merge.announce();
-      load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, warp - 1);
+      load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, merge, warp - 1);
     }
-    __syncwarp();
-    leave_cluster<kClusterCtas>();
     if (warp == 1) merge.watch();
     __syncwarp();
   } else {
@@ -68,15 +77,9 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
     WorkerItems items(params, block.worker);
     if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
     if (items.has_items()) {
-      QueryRows<kConsumerWarps, kChunks, kTileRows * kChunkColumns>(shared.q, params, block,
-                                                                    threadIdx.x / kWarpThreads)
-          .load(items.first_sequence());
+      FirstQuery(shared.q, params, block, threadIdx.x / kWarpThreads).load(items.first_sequence());
+      consume(items);
     }
-    barrier_cta_sync(kBarrier, kConsumerThreads);
-    consume(items);
-    __syncwarp();
-    leave_cluster<kClusterCtas>();
     merge.run();
   }
-  await_cluster<kClusterCtas>();
 }

@@ -57,9 +57,13 @@ __device__ __forceinline__ RowPair new_reference(const RowPair& top, const RowPa
   return {fmaxf(reference.r[0], quad_max(top.r[0]) * scale_log2), fmaxf(reference.r[1], quad_max(top.r[1]) * scale_log2)};
 }
 
-// Factors that bring states kept relative to `from` to be relative to `to`.
+// Factor that brings a state kept relative to `from` to be relative to `to`. A state without reference is empty: it is
+// left as it is.
+__device__ __forceinline__ float rescale_factor(float from, float to) {
+  return from == -infinity() ? 1.f : ex2(from - to);
+}
 __device__ __forceinline__ RowPair rescale_factors(const RowPair& from, const RowPair& to) {
-  return {ex2(from.r[0] - finite_or_zero(to.r[0])), ex2(from.r[1] - finite_or_zero(to.r[1]))};
+  return {rescale_factor(from.r[0], to.r[0]), rescale_factor(from.r[1], to.r[1])};
 }
 
 // Probabilities relative to `reference`, packed in pairs of columns; returns this thread's share of the row sums

@@ -10,12 +10,12 @@ heads, batch, tokens   16 rows  32 rows  64 rows
 16, b=1, 128K             62.8     66.5     67.2
 16, b=128, 16K           792.9    803.4    805.3
 32 (s_q=2), b=32, 8K     121.4    118.5    120.1
-128, b=1, 1K               9.3     10.6     13.6
-128, b=1, 4K              13.4     14.6     18.3
-128, b=4, 4K              27.4     24.0     32.1
-128, b=16, 1K             26.4     28.5     32.8
-128, b=1, 32K             43.8     34.3     41.6
-128, b=1, 128K             150       96       83
+128, b=1, 1K               8.5     11.1     13.0
+128, b=1, 4K              13.6     14.1     17.2
+128, b=4, 4K              27.7     23.9     29.5
+128, b=16, 1K             25.1     24.4     30.1
+128, b=1, 32K             43.9     34.6     39.7
+128, b=1, 128K             147       95       83
 =====================  =======  =======  =======
 
 With more than 32 rows the swapped kernel works in clusters of two CTAs, which multicast every tile to each other;
@@ -32,9 +32,6 @@ from mlacore.params import TILE_ROWS
 
 FEW_TOKENS_16_ROWS = 8192  # tokens of a batch up to which CTAs of 16 rows are fastest for more than 32 rows
 FEW_TOKENS_32_ROWS = 65536
-SHORT_TOKENS = (
-    1024  # sequences up to this length are hardly split, so that 16 rows stay fastest for twice as many tokens
-)
 MAX_CLUSTER_ROWS = 128
 
 
@@ -69,8 +66,7 @@ def choose(rows: int, batch: int, max_seq_len: int | None) -> KernelShape:
     if rows <= 32:
         return KernelShape(32, 1, 1)
     if rows <= MAX_CLUSTER_ROWS and max_seq_len is not None and batch * max_seq_len <= FEW_TOKENS_32_ROWS:
-        few_tokens = FEW_TOKENS_16_ROWS * (2 if max_seq_len <= SHORT_TOKENS else 1)
-        tile_rows = 16 if batch * max_seq_len <= few_tokens else 32
+        tile_rows = 16 if batch * max_seq_len <= FEW_TOKENS_16_ROWS else 32
         return KernelShape(tile_rows, 2, 2 * -(-rows // (2 * tile_rows)))
     blocks = -(-rows // TILE_ROWS)
     return KernelShape(

@@ -262,10 +262,9 @@ def prepare_decode(
     )
     page, row, head = kv_cache.strides[:3]
     # The stride of a dimension of extent 1 is never used, but may be anything; the driver wants a multiple of 16.
-    strides = (row, head if kv_heads > 1 else row, page if num_pages > 1 else row)
-    dims = (head_dim, page_size, kv_heads, num_pages)
-    box_tokens = min(page_size, params.TILE_TOKENS // kernel.cluster_ctas)
-    return DecodeLaunch(launch, tensor_maps(device, dtype, dims, strides, (64, box_tokens, 1, 1)))
+    strides = (row, params.CHUNK_COLUMNS * item_bytes, head if kv_heads > 1 else row, page if num_pages > 1 else row)
+    dims = (params.CHUNK_COLUMNS, page_size, head_dim // params.CHUNK_COLUMNS, kv_heads, num_pages)
+    return DecodeLaunch(launch, tensor_maps(device, dtype, dims, strides, params.pool_box(page_size)))
 
 
 class DecodeLaunch:

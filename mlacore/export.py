@@ -27,6 +27,8 @@ _CONSTANTS = (
     "HEAD_DIM_QK",
     "HEAD_DIM_V",
     "INVARIANT_SPLIT_TILES",
+    "CHUNK_COLUMNS",
+    "PART_CHUNKS",
     "MAX_INVARIANT_SPLITS",
     "MERGE_PATIENCE_CYCLES",
     "WRITE_ROWS",
@@ -34,7 +36,7 @@ _CONSTANTS = (
     "GATHER_ROWS",
     "COPY_THREADS",
 )
-_DISPATCH_CONSTANTS = ("FEW_TOKENS_16_ROWS", "FEW_TOKENS_32_ROWS", "SHORT_TOKENS", "MAX_CLUSTER_ROWS")
+_DISPATCH_CONSTANTS = ("FEW_TOKENS_16_ROWS", "FEW_TOKENS_32_ROWS", "MAX_CLUSTER_ROWS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +138,29 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
         "programmatic stream serialization, no other kernel",
         "tensor_map": {
             "of": "kv, one layer's pool; innermost dimension first",
-            "rank": 4,
+            "rank": 5,
             "data_type": {"bfloat16": "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16", "float16": "CU_TENSOR_MAP_DATA_TYPE_FLOAT16"},
-            "dims": [params.HEAD_DIM_QK, "page_size", "num_kv_heads", "num_pages"],
+            "dims": [
+                params.CHUNK_COLUMNS,
+                "page_size",
+                params.HEAD_DIM_QK // params.CHUNK_COLUMNS,
+                "num_kv_heads",
+                "num_pages",
+            ],
             "strides_bytes": [
                 "of a row",
+                2 * params.CHUNK_COLUMNS,
                 "of a KV head (any multiple of 16 if there is one)",
                 "of a page (any multiple of 16 if there is one)",
             ],
-            "box": [64, f"min(page_size, {params.TILE_TOKENS} / cluster_ctas)", 1, 1],
-            "element_strides": [1, 1, 1, 1],
+            "box": [
+                params.CHUNK_COLUMNS,
+                f"min(page_size, {params.TILE_TOKENS})",
+                f"{params.PART_CHUNKS} if page_size >= {params.TILE_TOKENS} else 1",
+                1,
+                1,
+            ],
+            "element_strides": [1, 1, 1, 1, 1],
             "interleave": "CU_TENSOR_MAP_INTERLEAVE_NONE",
             "swizzle": "CU_TENSOR_MAP_SWIZZLE_128B",
             "l2_promotion": "CU_TENSOR_MAP_L2_PROMOTION_L2_256B",
@@ -206,13 +221,10 @@ def constants() -> dict[str, int]:
 
 def _cluster_rules() -> Iterator[dict[str, Any]]:
     few, many = dispatch.FEW_TOKENS_16_ROWS, dispatch.FEW_TOKENS_32_ROWS
-    for bounds, tile_rows in (
-        ({"tokens_at_most": few}, 16),
-        ({"tokens_at_most": 2 * few, "max_seq_len_at_most": dispatch.SHORT_TOKENS}, 16),
-        ({"tokens_at_most": many}, 32),
-    ):
+    for tokens, tile_rows in ((few, 16), (many, 32)):
         blocks = {"cluster_ctas": 2, "row_blocks": f"2 * ceil(rows / {2 * tile_rows})"}
-        yield {"rows_at_most": dispatch.MAX_CLUSTER_ROWS, **bounds, "tile_rows": tile_rows, **blocks}
+        bounds = {"rows_at_most": dispatch.MAX_CLUSTER_ROWS, "tokens_at_most": tokens}
+        yield {**bounds, "tile_rows": tile_rows, **blocks}
 
 
 def _kernels() -> Iterator[dict[str, Any]]:

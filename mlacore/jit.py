@@ -64,6 +64,7 @@ def _variants() -> Iterator[Variant]:
         launch = (
             ("MLA_THREADS", params.DECODE_THREADS),
             ("MLA_SHARED_BYTES", params.DECODE_SHARED_BYTES),
+            ("MLA_PART_CHUNKS", params.PART_CHUNKS),
         )
         for ctas in params.CLUSTER_CTAS:
             name = f"mla_decode_sm90.{dtype}.rows{params.TILE_ROWS}.cluster{ctas}"

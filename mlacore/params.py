@@ -16,6 +16,8 @@ KV_LORA_RANK = 512
 QK_ROPE_HEAD_DIM = 64
 HEAD_DIM_QK = KV_LORA_RANK + QK_ROPE_HEAD_DIM
 HEAD_DIM_V = KV_LORA_RANK
+CHUNK_COLUMNS = 64  # of a cache row, 128 bytes: how wide the swizzle of shared memory is
+PART_CHUNKS = 3  # chunks of a part, in which tiles arrive
 
 # What one more item on a worker costs (prologue, epilogue, its share of the merge), in tiles.
 ITEM_COST_TILES = 4
@@ -36,6 +38,12 @@ GATHER_ROWS = 8  # the same of one that gathers them
 UPDATE_ROWS = 4  # changes, one warp each, of a block that updates block tables
 UPDATE_WORDS = (960, 8128)  # int32 of changes that go into a launch by value: parameters of 4 KB, of 32 KB
 COPY_THREADS = 256  # of a block that copies its share of a page
+
+
+def pool_box(page_size: int) -> tuple[int, int, int, int, int]:
+    """What one load of the decode kernels brings of a pool ``[chunk columns, page_size, chunks, KV heads, pages]``,
+    innermost dimension first: a part of a tile, or one chunk of a page that is smaller than a tile."""
+    return CHUNK_COLUMNS, min(page_size, TILE_TOKENS), PART_CHUNKS if page_size >= TILE_TOKENS else 1, 1, 1
 
 
 def _struct(*fields: tuple[str, str]) -> np.dtype:

@@ -80,8 +80,9 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   const int32_t layout[] = {(int32_t)type, (int32_t)rank, (int32_t)dims[0], (int32_t)dims[1], (int32_t)dims[2],
-                            (int32_t)dims[3], (int32_t)strides[0], (int32_t)strides[2], (int32_t)box[0], (int32_t)box[1],
-                            (int32_t)box[2], (int32_t)box[3], (int32_t)steps[3], (int32_t)interleave, (int32_t)swizzle,
+                            (int32_t)dims[3], (int32_t)dims[4], (int32_t)strides[0], (int32_t)strides[1],
+                            (int32_t)strides[3], (int32_t)box[0], (int32_t)box[1], (int32_t)box[2], (int32_t)box[3],
+                            (int32_t)box[4], (int32_t)steps[4], (int32_t)interleave, (int32_t)swizzle,
                             (int32_t)promotion, (int32_t)fill};
   record("tensor_map", layout, sizeof layout);
   memset(map, 0, sizeof *map);

@@ -122,9 +122,7 @@ void scratch(const int *shape, int batch, int workers, int heads, long long *byt
 int prefetch(const int *shape, int page_size, int is_contiguous) {
   return mlacore_prefetch_tiles((MlacoreShape){shape[0], shape[1], shape[2]}, page_size, is_contiguous);
 }
-int box(const int *shape, int page_size) {
-  return mlacore_box_tokens((MlacoreShape){shape[0], shape[1], shape[2]}, page_size);
-}
+void box(int page_size, uint32_t *box) { mlacore_box(page_size, box); }
 int invariant_splits(long long max_seq_len) { return mlacore_invariant_splits(max_seq_len); }
 int is_there(const char *name) { return mlacore_kernel(name) != 0; }
 """
@@ -178,6 +176,7 @@ def test_scratch_is_what_a_plan_allocates(rules):
 def test_header_prefetches_and_boxes_as_the_driver_does(rules):
     from mlacore import driver
 
+    box = (ctypes.c_uint32 * 5)()
     for rows, longest in ((16, None), (64, None), (128, None), (256, None), (128, 100), (128, 16000)):
         kernel = dispatch.choose(rows, 1, longest)
         shape = (ctypes.c_int * 3)(kernel.tile_rows, kernel.cluster_ctas, kernel.row_blocks)
@@ -186,7 +185,8 @@ def test_header_prefetches_and_boxes_as_the_driver_does(rules):
             assert rules.prefetch(shape, page_size, 1) == driver._prefetch_tiles(kernel, pool)
             with_gaps = np.empty((2, page_size, 1, 640), np.float16)[..., :576]
             assert rules.prefetch(shape, page_size, 0) == driver._prefetch_tiles(kernel, with_gaps) == 0
-            assert rules.box(shape, page_size) == min(page_size, 64 // kernel.cluster_ctas)
+            rules.box(page_size, box)
+            assert tuple(box) == params.pool_box(page_size)
 
 
 def test_header_is_cplusplus_too_and_its_checks_can_fail(folder, tmp_path):
@@ -270,10 +270,9 @@ def test_example_launches_what_python_launches(on_the_host, folder, shape, tmp_p
     assert expected.keys() | addresses == set(params.DECODE_PARAMS.names)
     assert {name: decoded[name] for name in expected} == expected
     assert all(decoded[name] % 256 == 0 and decoded[name] for name in addresses)
-    box_tokens = 64 // shape_of.cluster_ctas
     assert np.frombuffer(tensor_map, np.int32).tolist() == [
-        *(9, 4, 576, 64, 1, pages, 1152, 64 * 1152),  # bfloat16; rank, dimensions, strides of rows and pages
-        *(64, box_tokens, 1, 1, 1, 0, 3, 3, 0),  # box; 128-byte swizzle, 256-byte promotion
+        *(9, 5, 64, 64, 9, 1, pages, 1152, 128, 64 * 1152),  # bfloat16; rank, dims, strides of rows, chunks, pages
+        *(64, 64, 3, 1, 1, 1, 0, 3, 3, 0),  # box; 128-byte swizzle, 256-byte promotion
     ]
 
 

@@ -78,7 +78,7 @@ def test_decode_reaches_the_driver(fake: FakeDriver) -> None:
     }
     assert got.fields(params.DECODE_PARAMS) == expected
     [encoded] = fake.tensor_maps
-    assert encoded == (call["kv_cache"].data.ptr, 9, (576, 64, 1, 12), (1152, 1152, 73728), (64, 32, 1, 1))
+    assert encoded == (call["kv_cache"].data.ptr, 9, (64, 64, 9, 1, 12), (1152, 128, 1152, 73728), (64, 64, 3, 1, 1))
     assert got.leading == bytes([1]) * 128
     assert got.leading_address % 64 == 0
 
@@ -143,8 +143,8 @@ def test_the_plans_kernel_is_launched(
     assert fields["merge_patience_cycles"] == params.MERGE_PATIENCE_CYCLES
     assert (1 << fields["page_size_log2"], fields["kv_stride_page"]) == (page_size, page_size * 576)
     [(_, _, dims, strides, box)] = fake.tensor_maps
-    assert (dims, strides) == ((576, page_size, 1, 12), (1152, 1152, page_size * 1152))
-    assert box == (64, min(page_size, 64 // ctas), 1, 1)
+    assert (dims, strides) == ((64, page_size, 9, 1, 12), (1152, 128, 1152, page_size * 1152))
+    assert box == (64, min(page_size, 64), 3 if page_size >= 64 else 1, 1, 1)
     slots = (2 * workers, 1, blocks)
     assert plan.partial_out.shape == (*slots, rows * 512)
     assert plan.partial_lse.shape == (*slots, rows // 2, 4)
@@ -183,7 +183,7 @@ def test_rows_of_several_kv_heads_are_not_prefetched(fake: FakeDriver) -> None:
     [got] = fake.launches
     assert got.grid == (2, 2, 4)
     assert got.fields(params.DECODE_PARAMS)["prefetch_tiles"] == 0
-    assert fake.tensor_maps[-1][2:4] == ((576, 64, 2, 12), (2304, 1152, 147456))
+    assert fake.tensor_maps[-1][2:4] == ((64, 64, 9, 2, 12), (2304, 128, 1152, 147456))
 
 
 @pytest.mark.parametrize("kernel", [KernelShape(64, 2, 2), KernelShape(16, 1, 1), KernelShape(32, 2, 4)])

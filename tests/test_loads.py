@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ inline u32 rank_of_cta;
 inline std::vector<int> loads;
 inline u32 bytes_expected;
 inline u16 kv[STAGES][CHUNKS][64 * 64];
-inline u64 kv_full[STAGES][CHUNKS], kv_empty[STAGES][2];
+inline u64 kv_full[STAGES][CHUNKS / PART_CHUNKS], kv_empty[STAGES][2];
 template <typename T> u32 shared_address(const T& object) {
   return u32(reinterpret_cast<const char*>(&object) - reinterpret_cast<const char*>(kv));
 }
@@ -48,12 +49,21 @@ inline void fence_proxy_async() {}
 inline void st_shared_zero_16(u32) {}
 inline void trap() {}
 inline void cp_async_bulk_prefetch(const void*, u32) {}
-inline void cp_async_bulk_tensor_4d(u32 destination, const TensorMap*, u32, i32 c0, i32 c1, i32 c2, i32 c3) {
-  const int row = destination / 128;
-  for (int value : {row / 64 / CHUNKS, row / 64 % CHUNKS, row % 64, c0, c1, c2, c3}) loads.push_back(value);
+inline u64 createpolicy_evict_first() { return 1; }
+inline u64 createpolicy_evict_normal() { return 2; }
+// `map` says how many rows and chunks a box has.
+inline void cp_async_bulk_tensor_5d(u32 destination, const TensorMap* map, u32, i32 c0, i32 c1, i32 c2, i32 c3, i32 c4,
+                                    u64) {
+  for (int chunk = 0; chunk < int(map->opaque[1]); ++chunk) {
+    const int row = destination / 128 + chunk * map->opaque[0];
+    for (int value : {row / 64 / CHUNKS, row / 64 % CHUNKS, row % 64, c0 + 64 * (c2 + chunk), c1, c3, c4}) {
+      loads.push_back(value);
+    }
+  }
 }
-inline void cp_async_bulk_tensor_4d_multicast(u32 d, const TensorMap* m, u32 b, i32 c0, i32 c1, i32 c2, i32 c3, u16) {
-  cp_async_bulk_tensor_4d(d, m, b, c0, c1, c2, c3);
+inline void cp_async_bulk_tensor_5d_multicast(u32 d, const TensorMap* m, u32 b, i32 c0, i32 c1, i32 c2, i32 c3, i32 c4,
+                                              u16) {
+  cp_async_bulk_tensor_5d(d, m, b, c0, c1, c2, c3, c4, 0);
 }
 """
 
@@ -82,8 +92,9 @@ static int __shfl_sync(unsigned, int value, int lane) {
 #include "load_kv.cuh"
 template <u32 kCtas>
 static void producer(const DecodeParams& params, const Block& block) {
-  auto& empty = reinterpret_cast<u64(&)[STAGES][1]>(kv_empty);
-  load_kv<kCtas>(kv, kv_full, empty, nullptr, params, block);
+  const int page_size = 1 << params.page_size_log2;
+  const TensorMap map = {{u64(min(page_size, 64)), u64(page_size < 64 ? 1 : PART_CHUNKS)}};
+  load_kv<kCtas>(kv, kv_full, kv_empty, &map, params, block);
 }
 extern "C" int run(const DecodeParams* params, int ctas, int rank, int worker, int kv_head, int* out, int capacity) {
   loads.clear();
@@ -95,8 +106,6 @@ extern "C" int run(const DecodeParams* params, int ctas, int rank, int worker, i
     threadIdx.x = lane;
     if (ctas == 1) producer<1>(*params, block);
     if (ctas == 2) producer<2>(*params, block);
-    if (ctas == 4) producer<4>(*params, block);
-    if (ctas == 8) producer<8>(*params, block);
   });
   for (std::thread& thread : threads) thread.join();
   if (int(loads.size()) > capacity) return -1;
@@ -119,6 +128,7 @@ def producer(tmp_path_factory):
     (folder / "ptx.cuh").write_text(PTX)
     (folder / "shim.cpp").write_text(SHIM)
     defines = {"MLA_TILE_ROWS": TILE_ROWS, "MLA_TILE_TOKENS": TILE_TOKENS, "STAGES": STAGES, "CHUNKS": CHUNKS}
+    defines["PART_CHUNKS"] = params.PART_CHUNKS
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-I", str(folder)]
     command += [f"-D{name}={value}" for name, value in defines.items()]
     subprocess.run([*command, "-o", str(folder / "shim.so"), str(folder / "shim.cpp")], check=True)
@@ -138,21 +148,26 @@ def producer(tmp_path_factory):
 def expected_loads(
     table: np.ndarray, lengths: np.ndarray, page_size: int, work: np.ndarray, worker: int, ctas: int, rank: int
 ) -> list[tuple[int, ...]]:
-    """In order, by the definition: every tile of the worker's items, chunk by chunk, this CTA's share of the rows."""
-    share = TILE_TOKENS // ctas
-    box = min(page_size, share)
-    loads, position = [], 0
+    """In order, by the definition: every tile of the worker's items, part by part, this CTA's parts."""
+    box, parts = min(page_size, TILE_TOKENS), np.split(np.arange(CHUNKS), CHUNKS // params.PART_CHUNKS)
+    loads = []
+    for position, (sequence, tile) in enumerate(worker_tiles(lengths, work, worker)):
+        for part, chunks in enumerate(parts):
+            if ctas == 2 and rank != (0, tile % 2, 1)[part]:
+                continue
+            for row in range(0, TILE_TOKENS, box):
+                column, place = divmod(tile * TILE_TOKENS + row, page_size)
+                page = int(table[sequence, column]) if column < table.shape[1] else -1
+                loads += [(position % STAGES, int(c), row, int(c) * CHUNK_COLUMNS, place, 0, page) for c in chunks]
+    return loads
+
+
+def worker_tiles(lengths: np.ndarray, work: np.ndarray, worker: int) -> Iterator[tuple[int, int]]:
+    """Sequence and tile of all that a worker attends to."""
     for sequence, begin, end in worker_items(work, worker):
         tiles = -(-max(int(lengths[sequence]), 0) // TILE_TOKENS)
         for tile in range(begin, tiles if end is None else min(end, tiles)):
-            stage = position % STAGES
-            position += 1
-            for chunk in range(CHUNKS):
-                for row in range(rank * share, (rank + 1) * share, box):
-                    column, place = divmod(tile * TILE_TOKENS + row, page_size)
-                    page = int(table[sequence, column]) if column < table.shape[1] else -1
-                    loads.append((stage, chunk, row, chunk * CHUNK_COLUMNS, place, 0, page))
-    return loads
+            yield sequence, tile
 
 
 LENGTHS = st.lists(st.one_of(st.just(0), st.integers(-3, 200), st.integers(0, 9000)), min_size=1, max_size=7)
@@ -169,7 +184,7 @@ LENGTHS = st.lists(st.one_of(st.just(0), st.integers(-3, 200), st.integers(0, 90
 )
 @example(None, [0, 700], 1, 64, 1, False)  # a worker whose first item has no tiles
 @example(None, [0, 9000, 0, 0, 5000], 2, 16, 2, False)
-@example(None, [9000], 1, 256, 8, False)
+@example(None, [9000], 1, 256, 2, False)
 def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_workers, page_size, ctas, is_stale):
     """Lengths that have moved on since the plan was made included, and tables too narrow for them."""
     planned = np.array(planned, np.int32)
@@ -193,6 +208,6 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
             loads, announced = producer(record, ctas, rank, worker)
             expected = expected_loads(table, lengths, page_size, work, worker, ctas, rank)
             np.testing.assert_array_equal(loads, np.array(expected, np.int32).reshape(-1, FIELDS))
-            # Each CTA waits for the bytes of whole chunks, whoever of the cluster sends them.
-            boxes_of_chunk = TILE_TOKENS // ctas // min(page_size, TILE_TOKENS // ctas)
-            assert announced == len(loads) // boxes_of_chunk * TILE_TOKENS * CHUNK_COLUMNS * 2
+            # Each CTA waits for the bytes of whole tiles, whoever of the cluster sends them.
+            tiles = sum(1 for _ in worker_tiles(lengths, work, worker))
+            assert announced == tiles * TILE_TOKENS * HEAD_DIM_QK * 2

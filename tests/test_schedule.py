@@ -39,14 +39,30 @@ static std::barrier block_barrier(MLA_PLAN_THREADS);
 static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 static long long lanes[MLA_PLAN_THREADS];
 static void __syncthreads() { block_barrier.arrive_and_wait(); }
-template <typename T> static T __shfl_up_sync(unsigned, T value, unsigned offset) {
+// What `use` makes of the values of all lanes of the warp.
+template <typename T, typename Use> static auto of_lanes(T value, Use use) {
   std::barrier<>& warp = *warp_barriers[threadIdx.x / 32];
   lanes[threadIdx.x] = value;
   warp.arrive_and_wait();
-  const T received = threadIdx.x % 32 >= offset ? T(lanes[threadIdx.x - offset]) : value;
+  const auto found = use(lanes + threadIdx.x / 32 * 32);
   warp.arrive_and_wait();
-  return received;
+  return found;
 }
+template <typename T> static T __shfl_up_sync(unsigned, T value, unsigned offset) {
+  const unsigned lane = threadIdx.x % 32;
+  return of_lanes(value, [&](const long long* said) { return T(said[lane >= offset ? lane - offset : lane]); });
+}
+template <typename T> static T __shfl_sync(unsigned, T value, int lane) {
+  return of_lanes(value, [&](const long long* said) { return T(said[lane]); });
+}
+static unsigned __ballot_sync(unsigned, bool value) {
+  return of_lanes(value, [](const long long* said) {
+    unsigned found = 0;
+    for (int lane = 0; lane < 32; ++lane) found |= unsigned(said[lane] != 0) << lane;
+    return found;
+  });
+}
+static int __ffs(int bits) { return __builtin_ffs(bits); }
 #include "mla_plan.cu"
 extern "C" void plan(const int* lengths, int batch, int workers, int max_splits, int* work, int* splits) {
   if (warp_barriers.empty()) {
