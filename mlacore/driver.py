@@ -153,12 +153,11 @@ _DECODE_GIVEN = "4P16s2P40s"  # those of a plan as bytes, packed once
 def prepare_plan(device: int, batch: int, num_workers: int, max_splits: int) -> Launch:
     """The planner for one shape; a call gives the addresses of lengths, `work` and `splits`."""
     values = {"batch": batch, "num_workers": num_workers, "max_splits": max_splits}
-    log.debug(
-        "plans of %d sequences for %d workers: mla_plan, 1 CTA of %d threads", batch, num_workers, params.PLAN_THREADS
-    )
+    threads = params.plan_threads(batch)
+    log.debug("plans of %d sequences for %d workers: mla_plan, 1 CTA of %d threads", batch, num_workers, threads)
     record = make_record(params.PLAN_PARAMS, values, _PLAN_ADDRESSES)
     function = _function("mla_plan", device, 0)
-    return Launch(function, device, (1, 1, 1), params.PLAN_THREADS, 0, record, _PLAN_ADDRESSES)
+    return Launch(function, device, (1, 1, 1), threads, 0, record, _PLAN_ADDRESSES)
 
 
 @functools.cache

@@ -32,12 +32,17 @@ DECODE_SHARED_BYTES = 232448  # all that an SM90 block may have
 CLUSTER_CTAS = (1, 2)  # row blocks that share every tile they load
 SWAPPED_VARIANTS = ((16, 1), (32, 1), (16, 2), (32, 2))  # query rows of a CTA, CTAs of a cluster
 MERGE_PATIENCE_CYCLES = 1 << 17  # 70 µs: longer than balanced workers differ, short if the others cannot run
-PLAN_THREADS = 512
+PLAN_THREADS = 1024  # at most, one a sequence
 WRITE_ROWS = 4  # tokens, one warp each, of a block that writes cache rows
 GATHER_ROWS = 8  # the same of one that gathers them
 UPDATE_ROWS = 4  # changes, one warp each, of a block that updates block tables
 UPDATE_WORDS = (960, 8128)  # int32 of changes that go into a launch by value: parameters of 4 KB, of 32 KB
 COPY_THREADS = 256  # of a block that copies its share of a page
+
+
+def plan_threads(batch: int) -> int:
+    """Threads of the planner's block. Fewer than 256 would try the lengths of an aligned schedule one after another."""
+    return min(PLAN_THREADS, max(256, -(-batch // 256) * 256))
 
 
 def pool_box(page_size: int) -> tuple[int, int, int, int, int]:

@@ -94,7 +94,7 @@ def test_log_tells_what_a_launch_is_once_a_shape(fake: FakeDriver, caplog: pytes
         "mla_decode_sm90.bfloat16.rows64.cluster2, grid 4 x 1 x 4 of clusters of 2, 4 workers, so at most as many "
         "splits of a sequence; splits merged by all their workers; 2 tiles prefetched"
     )
-    assert plan == "plans of 3 sequences for 7 workers: mla_plan, 1 CTA of 512 threads"
+    assert plan == "plans of 3 sequences for 7 workers: mla_plan, 1 CTA of 256 threads"
     fake.resident[2] = 8  # two workers of four
     driver.resident_ctas.cache_clear()
     mla_decode(**make_call(block_table=gpu_array((3, 5), np.int32)))
@@ -200,7 +200,7 @@ def test_plan_reaches_the_driver(fake: FakeDriver) -> None:
     plan.update(lengths, stream=0x51)
     (planned,) = fake.launches
     assert (planned.function, planned.grid, planned.stream) == (fake.function("mla_plan", 0), (1, 1, 1), 0x51)
-    assert planned.block == (params.PLAN_THREADS, 1, 1)
+    assert planned.block == (256, 1, 1)
     assert planned.fields(params.PLAN_PARAMS) == {
         "cache_seqlens": lengths.data.ptr,
         "work": plan.work.data.ptr,
