@@ -36,8 +36,9 @@ __device__ __forceinline__ Position exclusive_sum(Position value, Position* warp
   __syncthreads();
   Position before = 0;
   total = 0;
-  for (u32 i = 0; i < blockDim.x / kWarpThreads; ++i) {
-    const Position sum = warp_sums[i];
+#pragma unroll
+  for (u32 i = 0; i < kMaxWarps; ++i) {
+    const Position sum = i < blockDim.x / kWarpThreads ? warp_sums[i] : 0;
     before += i < warp ? sum : 0;
     total += sum;
   }
