@@ -51,25 +51,27 @@ __device__ __forceinline__ void load_box(u32 destination, const TensorMap* map, 
 }
 
 // All tiles of the worker's items, as far ahead as the stages allow. A tile comes in kParts parts of its columns, each
-// with its own barrier and, if pages have as many rows as tiles, in one box: a thread issues a box in 0.05 us, which is
-// time that the stage is empty (nine boxes: +9 % at b=128, h_q=128 on an H100). Of a cluster, each CTA loads some parts
-// and multicasts them to all. A stage is handed back in two halves of its latent columns. The first part lies in the
-// first half, the last one (P may lie in its rope chunk, until the second half is free) needs the second, the one
-// between them both. A page id outside the pool, or past the table's end, reads as zeros: TMA does not leave the tensor.
+// with its own barrier and, where a CTA loads whole tiles of one page, in one box: issuing a box takes 0.05 us, in which
+// the stage is empty. Of a cluster, each CTA loads a share of the rows and multicasts them to all, a chunk at a time. (Two
+// CTAs that load columns of all rows need fewer boxes, too: no faster at s_q=2, and at s_q=1 2 % slower once the power
+// limit rules; b=128, h_q=128, 16K on an H100.) A stage is handed back in two halves of its latent columns. The first
+// part lies in the first half, the last one (P may lie in its rope chunk, until the second half is free) needs the
+// second, the one between them both. A page id outside the pool, or past the table's end, reads as zeros: TMA does not
+// leave the tensor.
 template <u32 kClusterCtas, u32 kStages, u32 kChunks, u32 kParts, u32 kChunkElems>
 __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems], u64 (&kv_full)[kStages][kParts],
                                         u64 (&kv_empty)[kStages][2], const TensorMap* kv_map,
                                         const DecodeParams& params, const Block& block) {
   constexpr u32 kPartChunks = kChunks / kParts;
   constexpr u32 kShareRows = kTileTokens / kClusterCtas;
+  constexpr u32 kBoxChunks = kClusterCtas == 1 ? kPartChunks : 1;  // unless pages are smaller than the share
   static_assert(kParts == 3 && kParts * kPartChunks == kChunks, "where halves and parts meet is written out below");
-  static_assert(kClusterCtas <= 2, "two CTAs take turns at the middle part");
-  const u32 lane = threadIdx.x % kWarpThreads, rank = kClusterCtas > 1 ? cluster_ctarank() : 0;
+  const u32 lane = threadIdx.x % kWarpThreads;
+  const i32 share = kClusterCtas > 1 ? i32(cluster_ctarank() * kShareRows) : 0;
   RingPosition<kStages> ring;
   WorkerItems items(params, block.worker);
   PageIds pages(params);
-  const i32 box_rows = pages.unit_tokens(), page_mask = (1 << params.page_size_log2) - 1;
-  const bool has_whole_tiles = box_rows == i32(kTileTokens);
+  const i32 box_rows = min(pages.unit_tokens(), i32(kShareRows)), page_mask = (1 << params.page_size_log2) - 1;
   // What one CTA alone reads is read once. The rest of L2 (partial states, Q, block tables, the kernel itself) will be
   // needed again: +3 % at b=128, h_q=16, s_k=4K on an H100.
   const u64 policy = kReadOnce<kClusterCtas> ? createpolicy_evict_first() : createpolicy_evict_normal();
@@ -82,11 +84,11 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
       is_loaded = false;
       const i32 end = min(base + pages.tiles(), item.end_tile);
       for (i32 tile = base; tile < end; ++tile, ring.advance()) {
-        const i32 first_token = tile * i32(kTileTokens), page = pages.page(first_token);
+        const i32 first_token = tile * i32(kTileTokens) + share, page = pages.page(first_token);
         if constexpr (kClusterCtas > 1) {
           const i32 ahead = first_token + params.prefetch_tiles * i32(kTileTokens);
           if (params.prefetch_tiles > 0 && ahead < end * i32(kTileTokens)) {
-            const i32 page_ahead = pages.page(ahead), row = (ahead + i32(rank * kShareRows)) & page_mask;
+            const i32 page_ahead = pages.page(ahead), row = ahead & page_mask;
             if (lane == 0 && u32(page_ahead) < u32(params.num_pages)) {
               cp_async_bulk_prefetch(params.kv + page_ahead * params.kv_stride_page + row * i32(kChunks * kChunkColumns),
                                      kShareRows * kChunks * kChunkRowBytes);
@@ -99,22 +101,23 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
           if (part < 2) wait_phase(shared_address(&kv_empty[ring.stage][part]), ring.phase ^ 1);
           const u32 full = shared_address(&kv_full[ring.stage][part]), chunk = part * kPartChunks;
           if (lane == 0) mbarrier_arrive_expect_tx(full, kPartChunks * kChunkBytes);
-          if (kClusterCtas > 1 && rank != (part == 0 ? 0 : part == 2 ? 1 : u32(tile) % 2)) continue;
-          if (has_whole_tiles) {
-            if (lane == 0) {
-              load_box<kClusterCtas>(destination + chunk * kChunkBytes, kv_map, full, chunk, first_token & page_mask,
-                                     block.kv_head, page, policy);
+          if (box_rows == i32(kShareRows)) {
+            if (lane != 0) continue;
+#pragma unroll
+            for (u32 c = chunk; c < chunk + kPartChunks; c += kBoxChunks) {
+              load_box<kClusterCtas>(destination + c * kChunkBytes + u32(share) * kChunkRowBytes, kv_map, full, c,
+                                     first_token & page_mask, block.kv_head, page, policy);
             }
             continue;
           }
 #pragma unroll 1
-          for (i32 row = 0; row < i32(kTileTokens); row += box_rows) {
+          for (i32 row = 0; row < i32(kShareRows); row += box_rows) {
             const i32 page_of_row = pages.page(first_token + row);
+            if (lane != 0) continue;
 #pragma unroll 1
             for (u32 c = chunk; c < chunk + kPartChunks; ++c) {
-              if (lane != 0) break;
-              load_box<kClusterCtas>(destination + c * kChunkBytes + u32(row) * kChunkRowBytes, kv_map, full, c, 0,
-                                     block.kv_head, page_of_row, policy);
+              load_box<kClusterCtas>(destination + c * kChunkBytes + u32(share + row) * kChunkRowBytes, kv_map, full, c,
+                                     (first_token + row) & page_mask, block.kv_head, page_of_row, policy);
             }
           }
         }

@@ -5,8 +5,8 @@
 //   lse = log sum exp(S)
 //
 // Grid: row blocks (of 64 query rows) x KV heads x workers: CTAs that want the same pages run side by side. With an
-// even number of row blocks two of them form a cluster: each loads some columns of every tile and multicasts them to
-// both, which halves what L2 has to deliver, and may prefetch a later tile to L2. A worker walks its items of the split schedule
+// even number of row blocks two of them form a cluster: each loads half of every tile and multicasts it to both, which
+// halves what L2 has to deliver, and may prefetch a later tile to L2. A worker walks its items of the split schedule
 // (schedule.cuh); an item that covers its whole sequence writes out and lse, splits are merged as merge.cuh says, in
 // the same launch.
 //

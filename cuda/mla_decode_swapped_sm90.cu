@@ -7,7 +7,7 @@
 //
 // Grid: row blocks x KV heads x workers. A worker walks its items of the split schedule (schedule.cuh); an item that
 // covers its whole sequence writes out and lse, splits are merged as merge.cuh says, in the same launch. With many
-// heads at a small batch, two row blocks form a cluster: each CTA loads some columns of every tile and multicasts them.
+// heads at a small batch, two row blocks form a cluster: each CTA loads half of every tile and multicasts it to both.
 // The partial states stay small, and L2 has half as much to deliver.
 //
 // Roles (384 threads):

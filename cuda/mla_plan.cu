@@ -4,12 +4,13 @@
 #include "params.cuh"
 #include "schedule.cuh"
 
-constexpr u32 kMaxThreads = MLA_PLAN_THREADS;  // fewer for small batches, whole warps
-constexpr u32 kMaxWarps = kMaxThreads / kWarpThreads;
+constexpr u32 kPlanThreads = MLA_PLAN_THREADS;
+constexpr u32 kPlanWarps = kPlanThreads / kWarpThreads;
 constexpr i32 kTileTokens = MLA_TILE_TOKENS;
 constexpr i32 kItemCostTiles = MLA_ITEM_COST_TILES;
 constexpr i32 kInvariantSplitTiles = MLA_INVARIANT_SPLIT_TILES;
 static_assert(kItemCostTiles >= 1, "positions of sequences must differ, empty ones included");
+static_assert(kPlanWarps <= kWarpThreads, "one warp scans the warps' sums");
 
 // Lengths from the least conceivable stretch to the packed one: with no more sequences than workers, the item costs
 // lengthen a stretch by kItemCostTiles at most.
@@ -36,9 +37,8 @@ __device__ __forceinline__ Position exclusive_sum(Position value, Position* warp
   __syncthreads();
   Position before = 0;
   total = 0;
-#pragma unroll
-  for (u32 i = 0; i < kMaxWarps; ++i) {
-    const Position sum = i < blockDim.x / kWarpThreads ? warp_sums[i] : 0;
+  for (u32 i = 0; i < kPlanWarps; ++i) {
+    const Position sum = warp_sums[i];
     before += i < warp ? sum : 0;
     total += sum;
   }
@@ -47,7 +47,7 @@ __device__ __forceinline__ Position exclusive_sum(Position value, Position* warp
 
 // Workers without items, and the end of the last worker.
 __device__ __forceinline__ void idle_workers(const PlanParams& params, i32 first) {
-  for (i32 worker = first + i32(threadIdx.x); worker <= params.num_workers; worker += i32(blockDim.x)) {
+  for (i32 worker = first + i32(threadIdx.x); worker <= params.num_workers; worker += i32(kPlanThreads)) {
     params.work[2 * worker] = params.batch;
     params.work[2 * worker + 1] = 0;
   }
@@ -65,7 +65,7 @@ __device__ __forceinline__ void write_begins(const PlanParams& params, i32 begin
 // A worker a split, and the splits by each sequence's length alone.
 __device__ __forceinline__ void plan_batch_invariant(const PlanParams& params, Position* warp_sums) {
   Position workers_before = 0;
-  for (i32 base = 0; base < params.batch; base += i32(blockDim.x)) {
+  for (i32 base = 0; base < params.batch; base += i32(kPlanThreads)) {
     const i32 sequence = base + i32(threadIdx.x);
     const i32 tiles = sequence < params.batch ? tiles_of(params.cache_seqlens[sequence], kTileTokens) : 0;
     const i32 extent = invariant_extent(tiles, kInvariantSplitTiles, params.max_splits);
@@ -84,8 +84,8 @@ __device__ __forceinline__ void plan_batch_invariant(const PlanParams& params, P
   idle_workers(params, i32(workers_before));
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads) mla_plan(const __grid_constant__ PlanParams params) {
-  __shared__ Position warp_sums[kMaxWarps];
+extern "C" __global__ void __launch_bounds__(kPlanThreads) mla_plan(const __grid_constant__ PlanParams params) {
+  __shared__ Position warp_sums[kPlanWarps];
   __shared__ bool fits[kExtents];
   __shared__ i32 used_workers;
   __shared__ i32 kept_tiles[kKept];
@@ -93,14 +93,14 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) mla_plan(const __grid_
     plan_batch_invariant(params, warp_sums);
     return;
   }
-  const i32 rounds = (params.batch + i32(blockDim.x) - 1) / i32(blockDim.x);
+  const i32 rounds = (params.batch + i32(kPlanThreads) - 1) / i32(kPlanThreads);
   const u32 lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
   const auto read_tiles = [&](i32 sequence) { return tiles_of(params.cache_seqlens[sequence], kTileTokens); };
   const auto tiles_at = [&](i32 sequence) { return sequence < kKept ? kept_tiles[sequence] : read_tiles(sequence); };
 
   Position tiles_in_all = 0;
   for (i32 round = 0; round < rounds; ++round) {
-    const i32 sequence = round * i32(blockDim.x) + i32(threadIdx.x);
+    const i32 sequence = round * i32(kPlanThreads) + i32(threadIdx.x);
     const i32 tiles = sequence < params.batch ? read_tiles(sequence) : 0;
     if (sequence < kKept) kept_tiles[sequence] = tiles;
     Position tiles_of_round;
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) mla_plan(const __grid_
   const Position least = worker_extent(tiles_in_all, params.num_workers);
   bool is_aligned = false;
   if (params.batch <= params.num_workers) {
-    for (u32 i = warp; i < kExtents; i += blockDim.x / kWarpThreads) {
+    for (u32 i = warp; i < kExtents; i += kPlanWarps) {
       Position workers = 0;
       for (i32 sequence = i32(lane); sequence < params.batch; sequence += i32(kWarpThreads)) {
         workers += own_workers(tiles_at(sequence), least + i);
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads) mla_plan(const __grid_
 
   Position spans_before = 0;
   for (i32 round = 0; round < rounds; ++round) {
-    const i32 sequence = round * i32(blockDim.x) + i32(threadIdx.x);
+    const i32 sequence = round * i32(kPlanThreads) + i32(threadIdx.x);
     const i32 tiles = sequence < params.batch ? tiles_at(sequence) : 0;
     Position spans_of_round;
     const Position span = sequence < params.batch ? span_of(tiles, extent, is_aligned, kItemCostTiles) : 0;

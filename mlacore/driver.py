@@ -153,11 +153,12 @@ _DECODE_GIVEN = "4P16s2P40s"  # those of a plan as bytes, packed once
 def prepare_plan(device: int, batch: int, num_workers: int, max_splits: int) -> Launch:
     """The planner for one shape; a call gives the addresses of lengths, `work` and `splits`."""
     values = {"batch": batch, "num_workers": num_workers, "max_splits": max_splits}
-    threads = params.plan_threads(batch)
-    log.debug("plans of %d sequences for %d workers: mla_plan, 1 CTA of %d threads", batch, num_workers, threads)
+    log.debug(
+        "plans of %d sequences for %d workers: mla_plan, 1 CTA of %d threads", batch, num_workers, params.PLAN_THREADS
+    )
     record = make_record(params.PLAN_PARAMS, values, _PLAN_ADDRESSES)
     function = _function("mla_plan", device, 0)
-    return Launch(function, device, (1, 1, 1), threads, 0, record, _PLAN_ADDRESSES)
+    return Launch(function, device, (1, 1, 1), params.PLAN_THREADS, 0, record, _PLAN_ADDRESSES)
 
 
 @functools.cache
@@ -263,7 +264,9 @@ def prepare_decode(
     # The stride of a dimension of extent 1 is never used, but may be anything; the driver wants a multiple of 16.
     strides = (row, params.CHUNK_COLUMNS * item_bytes, head if kv_heads > 1 else row, page if num_pages > 1 else row)
     dims = (params.CHUNK_COLUMNS, page_size, head_dim // params.CHUNK_COLUMNS, kv_heads, num_pages)
-    return DecodeLaunch(launch, tensor_maps(device, dtype, dims, strides, params.pool_box(page_size)))
+    return DecodeLaunch(
+        launch, tensor_maps(device, dtype, dims, strides, params.pool_box(page_size, kernel.cluster_ctas))
+    )
 
 
 class DecodeLaunch:

@@ -155,8 +155,8 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
             ],
             "box": [
                 params.CHUNK_COLUMNS,
-                f"min(page_size, {params.TILE_TOKENS})",
-                f"{params.PART_CHUNKS} if page_size >= {params.TILE_TOKENS} else 1",
+                f"min(page_size, {params.TILE_TOKENS} / cluster_ctas)",
+                f"{params.PART_CHUNKS} if page_size >= {params.TILE_TOKENS} and cluster_ctas is 1 else 1",
                 1,
                 1,
             ],

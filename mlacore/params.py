@@ -32,7 +32,7 @@ DECODE_SHARED_BYTES = 232448  # all that an SM90 block may have
 CLUSTER_CTAS = (1, 2)  # row blocks that share every tile they load
 SWAPPED_VARIANTS = ((16, 1), (32, 1), (16, 2), (32, 2))  # query rows of a CTA, CTAs of a cluster
 MERGE_PATIENCE_CYCLES = 1 << 17  # 70 µs: longer than balanced workers differ, short if the others cannot run
-PLAN_THREADS = 1024  # at most, one a sequence
+PLAN_THREADS = 512
 WRITE_ROWS = 4  # tokens, one warp each, of a block that writes cache rows
 GATHER_ROWS = 8  # the same of one that gathers them
 UPDATE_ROWS = 4  # changes, one warp each, of a block that updates block tables
@@ -40,15 +40,11 @@ UPDATE_WORDS = (960, 8128)  # int32 of changes that go into a launch by value: p
 COPY_THREADS = 256  # of a block that copies its share of a page
 
 
-def plan_threads(batch: int) -> int:
-    """Threads of the planner's block. Fewer than 256 would try the lengths of an aligned schedule one after another."""
-    return min(PLAN_THREADS, max(256, -(-batch // 256) * 256))
-
-
-def pool_box(page_size: int) -> tuple[int, int, int, int, int]:
+def pool_box(page_size: int, cluster_ctas: int) -> tuple[int, int, int, int, int]:
     """What one load of the decode kernels brings of a pool ``[chunk columns, page_size, chunks, KV heads, pages]``,
-    innermost dimension first: a part of a tile, or one chunk of a page that is smaller than a tile."""
-    return CHUNK_COLUMNS, min(page_size, TILE_TOKENS), PART_CHUNKS if page_size >= TILE_TOKENS else 1, 1, 1
+    innermost dimension first: a part of a tile, or one chunk of a CTA's share or of a smaller page."""
+    chunks = PART_CHUNKS if page_size >= TILE_TOKENS and cluster_ctas == 1 else 1
+    return CHUNK_COLUMNS, min(page_size, TILE_TOKENS // cluster_ctas), chunks, 1, 1
 
 
 def _struct(*fields: tuple[str, str]) -> np.dtype:

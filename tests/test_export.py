@@ -122,7 +122,9 @@ void scratch(const int *shape, int batch, int workers, int heads, long long *byt
 int prefetch(const int *shape, int page_size, int is_contiguous) {
   return mlacore_prefetch_tiles((MlacoreShape){shape[0], shape[1], shape[2]}, page_size, is_contiguous);
 }
-void box(int page_size, uint32_t *box) { mlacore_box(page_size, box); }
+void box(const int *shape, int page_size, uint32_t *box) {
+  mlacore_box((MlacoreShape){shape[0], shape[1], shape[2]}, page_size, box);
+}
 int invariant_splits(long long max_seq_len) { return mlacore_invariant_splits(max_seq_len); }
 int is_there(const char *name) { return mlacore_kernel(name) != 0; }
 """
@@ -185,8 +187,8 @@ def test_header_prefetches_and_boxes_as_the_driver_does(rules):
             assert rules.prefetch(shape, page_size, 1) == driver._prefetch_tiles(kernel, pool)
             with_gaps = np.empty((2, page_size, 1, 640), np.float16)[..., :576]
             assert rules.prefetch(shape, page_size, 0) == driver._prefetch_tiles(kernel, with_gaps) == 0
-            rules.box(page_size, box)
-            assert tuple(box) == params.pool_box(page_size)
+            rules.box(shape, page_size, box)
+            assert tuple(box) == params.pool_box(page_size, kernel.cluster_ctas)
 
 
 def test_header_is_cplusplus_too_and_its_checks_can_fail(folder, tmp_path):
@@ -272,7 +274,8 @@ def test_example_launches_what_python_launches(on_the_host, folder, shape, tmp_p
     assert all(decoded[name] % 256 == 0 and decoded[name] for name in addresses)
     assert np.frombuffer(tensor_map, np.int32).tolist() == [
         *(9, 5, 64, 64, 9, 1, pages, 1152, 128, 64 * 1152),  # bfloat16; rank, dims, strides of rows, chunks, pages
-        *(64, 64, 3, 1, 1, 1, 0, 3, 3, 0),  # box; 128-byte swizzle, 256-byte promotion
+        *params.pool_box(64, shape_of.cluster_ctas),
+        *(1, 0, 3, 3, 0),  # steps; 128-byte swizzle, 256-byte promotion
     ]
 
 

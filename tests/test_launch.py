@@ -78,7 +78,7 @@ def test_decode_reaches_the_driver(fake: FakeDriver) -> None:
     }
     assert got.fields(params.DECODE_PARAMS) == expected
     [encoded] = fake.tensor_maps
-    assert encoded == (call["kv_cache"].data.ptr, 9, (64, 64, 9, 1, 12), (1152, 128, 1152, 73728), (64, 64, 3, 1, 1))
+    assert encoded == (call["kv_cache"].data.ptr, 9, (64, 64, 9, 1, 12), (1152, 128, 1152, 73728), (64, 32, 1, 1, 1))
     assert got.leading == bytes([1]) * 128
     assert got.leading_address % 64 == 0
 
@@ -94,7 +94,7 @@ def test_log_tells_what_a_launch_is_once_a_shape(fake: FakeDriver, caplog: pytes
         "mla_decode_sm90.bfloat16.rows64.cluster2, grid 4 x 1 x 4 of clusters of 2, 4 workers, so at most as many "
         "splits of a sequence; splits merged by all their workers; 2 tiles prefetched"
     )
-    assert plan == "plans of 3 sequences for 7 workers: mla_plan, 1 CTA of 256 threads"
+    assert plan == "plans of 3 sequences for 7 workers: mla_plan, 1 CTA of 512 threads"
     fake.resident[2] = 8  # two workers of four
     driver.resident_ctas.cache_clear()
     mla_decode(**make_call(block_table=gpu_array((3, 5), np.int32)))
@@ -144,7 +144,7 @@ def test_the_plans_kernel_is_launched(
     assert (1 << fields["page_size_log2"], fields["kv_stride_page"]) == (page_size, page_size * 576)
     [(_, _, dims, strides, box)] = fake.tensor_maps
     assert (dims, strides) == ((64, page_size, 9, 1, 12), (1152, 128, 1152, page_size * 1152))
-    assert box == (64, min(page_size, 64), 3 if page_size >= 64 else 1, 1, 1)
+    assert box == (64, min(page_size, 64 // ctas), 3 if page_size >= 64 and ctas == 1 else 1, 1, 1)
     slots = (2 * workers, 1, blocks)
     assert plan.partial_out.shape == (*slots, rows * 512)
     assert plan.partial_lse.shape == (*slots, rows // 2, 4)
@@ -200,7 +200,7 @@ def test_plan_reaches_the_driver(fake: FakeDriver) -> None:
     plan.update(lengths, stream=0x51)
     (planned,) = fake.launches
     assert (planned.function, planned.grid, planned.stream) == (fake.function("mla_plan", 0), (1, 1, 1), 0x51)
-    assert planned.block == (256, 1, 1)
+    assert planned.block == (params.PLAN_THREADS, 1, 1)
     assert planned.fields(params.PLAN_PARAMS) == {
         "cache_seqlens": lengths.data.ptr,
         "work": plan.work.data.ptr,

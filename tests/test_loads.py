@@ -90,13 +90,14 @@ static int __shfl_sync(unsigned, int value, int lane) {
   return received;
 }
 #include "load_kv.cuh"
+static TensorMap pool_map;
 template <u32 kCtas>
 static void producer(const DecodeParams& params, const Block& block) {
-  const int page_size = 1 << params.page_size_log2;
-  const TensorMap map = {{u64(min(page_size, 64)), u64(page_size < 64 ? 1 : PART_CHUNKS)}};
-  load_kv<kCtas>(kv, kv_full, kv_empty, &map, params, block);
+  load_kv<kCtas>(kv, kv_full, kv_empty, &pool_map, params, block);
 }
-extern "C" int run(const DecodeParams* params, int ctas, int rank, int worker, int kv_head, int* out, int capacity) {
+extern "C" int run(const DecodeParams* params, const int* box, int ctas, int rank, int worker, int kv_head, int* out,
+                   int capacity) {
+  pool_map = {{u64(box[1]), u64(box[2])}};
   loads.clear();
   bytes_expected = 0;
   rank_of_cta = rank;
@@ -138,7 +139,8 @@ def producer(tmp_path_factory):
     def run(record: np.ndarray, ctas: int, rank: int, worker: int) -> tuple[np.ndarray, int]:
         loads = np.empty(1 << 18, np.int32)
         record_at, loads_at = ctypes.c_void_p(record.ctypes.data), ctypes.c_void_p(loads.ctypes.data)
-        count = library.run(record_at, ctas, rank, worker, 0, loads_at, loads.size)
+        box = (ctypes.c_int * 5)(*params.pool_box(1 << int(record["page_size_log2"][0]), ctas))
+        count = library.run(record_at, box, ctas, rank, worker, 0, loads_at, loads.size)
         assert count >= 0, "more loads than expected"
         return loads[:count].reshape(-1, FIELDS), library.expected_bytes()
 
@@ -148,14 +150,13 @@ def producer(tmp_path_factory):
 def expected_loads(
     table: np.ndarray, lengths: np.ndarray, page_size: int, work: np.ndarray, worker: int, ctas: int, rank: int
 ) -> list[tuple[int, ...]]:
-    """In order, by the definition: every tile of the worker's items, part by part, this CTA's parts."""
-    box, parts = min(page_size, TILE_TOKENS), np.split(np.arange(CHUNKS), CHUNKS // params.PART_CHUNKS)
+    """In order, by the definition: every tile of the worker's items, part by part, this CTA's share of the rows."""
+    share = TILE_TOKENS // ctas
+    box, parts = min(page_size, share), np.split(np.arange(CHUNKS), CHUNKS // params.PART_CHUNKS)
     loads = []
     for position, (sequence, tile) in enumerate(worker_tiles(lengths, work, worker)):
-        for part, chunks in enumerate(parts):
-            if ctas == 2 and rank != (0, tile % 2, 1)[part]:
-                continue
-            for row in range(0, TILE_TOKENS, box):
+        for chunks in parts:
+            for row in range(rank * share, (rank + 1) * share, box):
                 column, place = divmod(tile * TILE_TOKENS + row, page_size)
                 page = int(table[sequence, column]) if column < table.shape[1] else -1
                 loads += [(position % STAGES, int(c), row, int(c) * CHUNK_COLUMNS, place, 0, page) for c in chunks]

@@ -278,7 +278,7 @@ def test_the_caches_are_bounded(fake: FakeDriver, monkeypatch: pytest.MonkeyPatc
         mla_decode(**make_call(block_table=gpu_array((3, columns), np.int32)))
         assert len(attention._prepared) <= 4
     assert [launched.fields(params.DECODE_PARAMS)["max_pages"] for launched in fake.launches] == [*range(1, 12), 1]
-    maps = launch.tensor_maps(0, "bfloat16", (64, 64, 9, 1, 12), (1152, 128, 1152, 73728), (64, 64, 3, 1, 1))
+    maps = launch.tensor_maps(0, "bfloat16", (64, 64, 9, 1, 12), (1152, 128, 1152, 73728), (64, 32, 1, 1, 1))
     for address in range(0, 300 * 16, 16):
         maps(address)
     assert maps.cache_info().currsize == maps.cache_info().maxsize == 256  # type: ignore[attr-defined]

@@ -102,14 +102,14 @@ static int resident_ctas(CUfunction function, const MlacoreKernel *kernel, int n
   return clusters * kernel->cluster_ctas;
 }
 
-static CUtensorMap pool_map(CUdeviceptr pool, int num_pages) {
+static CUtensorMap pool_map(CUdeviceptr pool, MlacoreShape shape, int num_pages) {
   enum { CHUNK = MLACORE_CHUNK_COLUMNS };
   const cuuint64_t dims[5] = {CHUNK, PAGE_SIZE, ROW / CHUNK, 1, (cuuint64_t)num_pages}; /* innermost first */
   const cuuint64_t strides_bytes[4] = {ROW * 2, CHUNK * 2, ROW * 2, (cuuint64_t)PAGE_SIZE * ROW * 2};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   cuuint32_t box[5];
   CUtensorMap map;
-  mlacore_box(PAGE_SIZE, box);
+  mlacore_box(shape, PAGE_SIZE, box);
   CHECK(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, (void *)(uintptr_t)pool, dims, strides_bytes,
                                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
@@ -241,7 +241,7 @@ int main(int argc, char **argv) {
       .num_workers = num_workers,
       .max_splits = 0,
   };
-  CUtensorMap map = pool_map(params.kv, num_pages);
+  CUtensorMap map = pool_map(params.kv, shape, num_pages);
 
   /* A step: plan once, then decode in every layer with its own pool and tensor map. */
   launch(plan_function, plan, (int[3]){1, 1, 1}, (void *[]){(void *)&plan_params});
