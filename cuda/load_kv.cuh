@@ -51,13 +51,13 @@ __device__ __forceinline__ void load_box(u32 destination, const TensorMap* map, 
 }
 
 // All tiles of the worker's items, as far ahead as the stages allow. A tile comes in kParts parts of its columns, each
-// with its own barrier and, where a CTA loads whole tiles of one page, in one box: issuing a box takes 0.05 us, in which
-// the stage is empty. Of a cluster, each CTA loads a share of the rows and multicasts them to all, a chunk at a time. (Two
-// CTAs that load columns of all rows need fewer boxes, too: no faster at s_q=2, and at s_q=1 2 % slower once the power
-// limit rules; b=128, h_q=128, 16K on an H100.) A stage is handed back in two halves of its latent columns. The first
-// part lies in the first half, the last one (P may lie in its rope chunk, until the second half is free) needs the
-// second, the one between them both. A page id outside the pool, or past the table's end, reads as zeros: TMA does not
-// leave the tensor.
+// with its own barrier and, where a CTA loads whole tiles of one page, in one box: issuing a box takes 0.05 us, in
+// which the stage is empty. Of a cluster, each CTA loads a share of the rows and multicasts them to all, a chunk at a
+// time. (Two CTAs that load columns of all rows need fewer boxes, too: no faster at s_q=2, and at s_q=1 2 % slower once
+// the power limit rules; b=128, h_q=128, 16K on an H100.) A stage is handed back in two halves of its latent columns.
+// The first part lies in the first half, the last one (P may lie in its rope chunk, until the second half is free) needs
+// the second, the one between them both. A page id outside the pool, or past the table's end, reads as zeros: TMA does
+// not leave the tensor.
 template <u32 kClusterCtas, u32 kStages, u32 kChunks, u32 kParts, u32 kChunkElems>
 __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems], u64 (&kv_full)[kStages][kParts],
                                         u64 (&kv_empty)[kStages][2], const TensorMap* kv_map,
@@ -90,8 +90,9 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
           if (params.prefetch_tiles > 0 && ahead < end * i32(kTileTokens)) {
             const i32 page_ahead = pages.page(ahead), row = ahead & page_mask;
             if (lane == 0 && u32(page_ahead) < u32(params.num_pages)) {
-              cp_async_bulk_prefetch(params.kv + page_ahead * params.kv_stride_page + row * i32(kChunks * kChunkColumns),
-                                     kShareRows * kChunks * kChunkRowBytes);
+              constexpr i32 kRowElems = kChunks * kChunkColumns;
+              cp_async_bulk_prefetch(params.kv + page_ahead * params.kv_stride_page + row * kRowElems,
+                                     kShareRows * kRowElems * sizeof(u16));
             }
           }
         }
@@ -102,20 +103,21 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
           const u32 full = shared_address(&kv_full[ring.stage][part]), chunk = part * kPartChunks;
           if (lane == 0) mbarrier_arrive_expect_tx(full, kPartChunks * kChunkBytes);
           if (box_rows == i32(kShareRows)) {
-            if (lane != 0) continue;
+            if (lane == 0) {
 #pragma unroll
-            for (u32 c = chunk; c < chunk + kPartChunks; c += kBoxChunks) {
-              load_box<kClusterCtas>(destination + c * kChunkBytes + u32(share) * kChunkRowBytes, kv_map, full, c,
-                                     first_token & page_mask, block.kv_head, page, policy);
+              for (u32 c = chunk; c < chunk + kPartChunks; c += kBoxChunks) {
+                load_box<kClusterCtas>(destination + c * kChunkBytes + u32(share) * kChunkRowBytes, kv_map, full, c,
+                                       first_token & page_mask, block.kv_head, page, policy);
+              }
             }
             continue;
           }
 #pragma unroll 1
           for (i32 row = 0; row < i32(kShareRows); row += box_rows) {
             const i32 page_of_row = pages.page(first_token + row);
-            if (lane != 0) continue;
 #pragma unroll 1
             for (u32 c = chunk; c < chunk + kPartChunks; ++c) {
+              if (lane != 0) break;
               load_box<kClusterCtas>(destination + c * kChunkBytes + u32(share + row) * kChunkRowBytes, kv_map, full, c,
                                      (first_token + row) & page_mask, block.kv_head, page_of_row, policy);
             }

@@ -53,8 +53,9 @@ class QueryRows {
   i64 my_offset_;
 };
 
-// Q of the worker's items but the first, by kWarps warps of which this is number `warp`. The first of them is the herald
-// as well: of a sequence in two splits it finds out who comes second when Q of the item has been read for the last time.
+// Q of the worker's items but the first, by kWarps warps of which this is number `warp`. The first of them is the
+// herald as well: of a sequence in two splits it finds out who comes second, when Q of the item has been read for the
+// last time.
 template <u32 kWarps, typename Merge, u32 kChunks, u32 kChunkElems>
 __device__ __forceinline__ void load_later_q(u16 (&q)[kChunks][kChunkElems], u64& q_full, u64& q_empty,
                                              const DecodeParams& params, const Block& block, const Merge& merge,

@@ -7,8 +7,9 @@
 // others would take three.
 //
 // Two splits: the worker that comes first leaves its state in memory and goes on. The other adds it to its own, in
-// registers, and writes the result. Who is first is settled a little before the items end, so that nobody waits for it. The state that never was in memory is rounded as if it had been, and sums and
-// products are rounded alike whoever comes last.
+// registers, and writes the result. Who is first is settled a little before the items end, so that nobody waits for it.
+// The state that never was in memory is rounded as if it had been, and sums and products are rounded alike whoever comes
+// last.
 //
 // More splits: every worker writes its state to memory, and when it has no items left merges its own slice of the rows
 // and columns, in split order. Before, it gives the other splits `merge_patience_cycles` to start; if they have not
@@ -287,7 +288,9 @@ class SplitMerge {
   State* scratch_;
 
   // The splits that share the worker's first item, or its last one if that is another.
-  __device__ __forceinline__ const SplitGroup& group_of(bool is_first) const { return shared_.groups[is_first ? 0 : 1]; }
+  __device__ __forceinline__ const SplitGroup& group_of(bool is_first) const {
+    return shared_.groups[is_first ? 0 : 1];
+  }
   // Splits that have started, modulo their number; of two, those that have claimed.
   __device__ __forceinline__ u32* counter(const SplitGroup& group) const {
     return params_.merge_counters + index_of_block(params_, block_, group.first_worker);

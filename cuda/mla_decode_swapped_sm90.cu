@@ -325,7 +325,8 @@ struct Consumer {
 #pragma unroll
     for (u32 i = 0; i < kThreadRows; ++i) {
       const u32 row = row_of(i);
-      set_total(i, sum_of_products(group_sum(group, row), own_factors[i], group_sum(other_group, row), other_factors[i]));
+      const float own = group_sum(group, row), other = group_sum(other_group, row);
+      set_total(i, sum_of_products(own, own_factors[i], other, other_factors[i]));
     }
     first_chunk = group * kOwnChunks;
   }

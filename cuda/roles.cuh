@@ -41,8 +41,8 @@ __device__ __forceinline__ void await_first_query() {
   barrier_cta_sync(kBarrier, kConsumerThreads);
 }
 
-// `shared` is the kernel's SharedPlan; `consume(items)` is what the consumers do with the worker's items, of which there
-// are some: first of all they await Q.
+// `shared` is the kernel's SharedPlan; `consume(items)` is what the consumers do with the worker's items, of which
+// there are some: first of all they await Q.
 template <typename SharedPlan, typename Merge, typename Consume>
 __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* kv_map, const DecodeParams& params,
                                           const Block& block, const Merge& merge, const Consume& consume) {
