@@ -5,12 +5,10 @@
 #include "work.cuh"
 
 constexpr u32 kTileTokensLog2 = 6;
-template <u32 kClusterCtas>
-constexpr bool kReadOnce = kClusterCtas == 1;
 static_assert(kTileTokens == 1 << kTileTokensLog2, "");
 
-// Where the pages of a worker's tiles lie. A unit is what one TMA box may cover: a page, or a tile of a larger page. A
-// lane holds the page id of one unit, so that one load brings those of 32 units and none waits for its own.
+// Where the pages of a worker's tiles lie. A unit is what a TMA box may cover at most: a page, or a tile of a larger one.
+// A lane holds the page id of one unit, so that one load brings those of 32 units and none waits for its own.
 class PageIds {
  public:
   __device__ __forceinline__ PageIds(const DecodeParams& params)
@@ -74,7 +72,7 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
   const i32 box_rows = min(pages.unit_tokens(), i32(kShareRows)), page_mask = (1 << params.page_size_log2) - 1;
   // What one CTA alone reads is read once. The rest of L2 (partial states, Q, block tables, the kernel itself) will be
   // needed again: +3 % at b=128, h_q=16, s_k=4K on an H100.
-  const u64 policy = kReadOnce<kClusterCtas> ? createpolicy_evict_first() : createpolicy_evict_normal();
+  const u64 policy = params.row_blocks == 1 ? createpolicy_evict_first() : createpolicy_evict_normal();
   pages.load(items.first_sequence(), items.first_tile());  // on its way while the length is
   bool is_loaded = true;
   Item item;
@@ -99,7 +97,10 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
         const u32 destination = shared_address(kv[ring.stage][0]);
 #pragma unroll
         for (u32 part = 0; part < kParts; ++part) {
-          if (part < 2) wait_phase(shared_address(&kv_empty[ring.stage][part]), ring.phase ^ 1);
+          if (part < 2) {
+            wait_phase(shared_address(&kv_empty[ring.stage][part]), ring.phase ^ 1);
+            __syncwarp();  // all lanes have seen this phase before the next can come
+          }
           const u32 full = shared_address(&kv_full[ring.stage][part]), chunk = part * kPartChunks;
           if (lane == 0) mbarrier_arrive_expect_tx(full, kPartChunks * kChunkBytes);
           if (box_rows == i32(kShareRows)) {

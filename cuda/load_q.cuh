@@ -68,12 +68,11 @@ __device__ __forceinline__ void load_later_q(u16 (&q)[kChunks][kChunkElems], u64
     if (is_last && warp != 0) break;
     wait_phase(shared_address(&q_empty), phase);
     const bool claims = warp == 0 && (is_first || is_last) && merge.is_pair(is_first);
-    const bool is_second = claims && merge.claim(is_first);
-    if (!is_last) {
-      rows.load(sequence + 1);
-      rows.await();
-      mbarrier_arrive(shared_address(&q_full));
-    }
-    if (claims) merge.tell_claim(is_first, is_second);
+    const u32 earlier = claims ? merge.claim(is_first) : 0;
+    if (!is_last) rows.load(sequence + 1);  // on its way while the claim is
+    if (claims) merge.tell_claim(is_first, earlier);
+    if (is_last) break;
+    rows.await();
+    mbarrier_arrive(shared_address(&q_full));
   }
 }

@@ -7,7 +7,7 @@
 // others would take three.
 //
 // Two splits: the worker that comes first leaves its state in memory and goes on. The other adds it to its own, in
-// registers, and writes the result. Who is first is settled a little before the items end, so that nobody waits for it.
+// registers, and writes the result. Who is first is settled a little before the items end, so that few wait for it.
 // The state that never was in memory is rounded as if it had been, and sums and products are rounded alike whoever comes
 // last.
 //
@@ -98,8 +98,8 @@ struct SumOfTwo {
   }
 };
 
-// Used by the `kThreads` threads from threadIdx.x == 0 on, the consumers, and by one warp besides, the herald, that has
-// nothing else to do meanwhile; kBarrier is a named barrier of the consumers.
+// Used by the `kThreads` threads from threadIdx.x == 0 on, the consumers, and by one warp besides, the herald; kBarrier
+// is a named barrier of the consumers.
 template <typename Element, typename Cells, u32 kThreads, u32 kBarrier>
 class SplitMerge {
  public:
@@ -158,15 +158,14 @@ class SplitMerge {
       if (lane == 0) set_standing(i, standing);
     }
   }
-  // Two splits, of the worker's first or of its last item: whether this one comes second. To be called shortly before
-  // the item ends, once each; then told to the consumers.
-  __device__ __forceinline__ bool claim(bool is_first) const {
-    u32 earlier = 0;
-    if (threadIdx.x % kWarpThreads == 0) earlier = atom_inc_relaxed_gpu(counter(group_of(is_first)), 1);
-    return __shfl_sync(0xffffffffu, earlier, 0) == 1;
+  // Two splits, of the worker's first or of its last item: to be called shortly before the item ends, once each. What
+  // lane 0 gets, which may still be on its way, is for tell_claim(): whether this split comes second.
+  __device__ __forceinline__ u32 claim(bool is_first) const {
+    return threadIdx.x % kWarpThreads == 0 ? atom_inc_relaxed_gpu(counter(group_of(is_first)), 1) : 0;
   }
-  __device__ __forceinline__ void tell_claim(bool is_first, bool is_second) const {
+  __device__ __forceinline__ void tell_claim(bool is_first, u32 earlier) const {
     const u32 lane = threadIdx.x % kWarpThreads;
+    const bool is_second = __shfl_sync(0xffffffffu, earlier, 0) == 1;
     if (lane == 0) {
       shared_.is_second[is_first ? 0 : 1] = is_second;
       mbarrier_arrive(shared_address(&shared_.claimed[is_first ? 0 : 1]));

@@ -37,7 +37,8 @@
 //   4  release the stage, half by half
 //
 // A row's scores lie across the warps of a group, so its sum is collected once, at the end of an item. Then the groups
-// exchange halves of their O, so that each ends up with half of the item's columns, and writes them.
+// exchange halves of their O, so that each ends up with half of the item's columns, and writes them. (With 16 rows and
+// no more than one tile, group 0 does not share: the exchange would take longer.)
 #include "cells.cuh"
 #include "cluster.cuh"
 #include "layout.cuh"
@@ -108,7 +109,7 @@ struct Consumer {
   float lse[kThreadRows];        // of the item, in base 2
   float scale[kThreadRows];      // what its `out` is to be multiplied by
   u32 first_chunk;               // of those that this group writes next
-  bool is_alone;                 // one tile only: the other group has nothing
+  bool is_alone;                 // at most one tile: the other group has nothing
 
   __device__ __forceinline__ Consumer(SharedPlan& s, const DecodeParams& p, u32 g) : shared(s), params(p), group(g) {}
 
@@ -331,7 +332,8 @@ struct Consumer {
     first_chunk = group * kOwnChunks;
   }
 
-  // Of an item with one tile, group 0 has all. It writes its columns in two halves; move_to_second_half() between them.
+  // Of an item with at most one tile, group 0 has all. It writes its columns in two halves, move_to_second_half() between
+  // them.
   __device__ __forceinline__ void stay_alone() {
     barrier_cta_sync(kStates, kConsumerThreads);  // what was in the exchange before has been read
     if (group != 0) return;

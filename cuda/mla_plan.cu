@@ -10,7 +10,6 @@ constexpr i32 kTileTokens = MLA_TILE_TOKENS;
 constexpr i32 kItemCostTiles = MLA_ITEM_COST_TILES;
 constexpr i32 kInvariantSplitTiles = MLA_INVARIANT_SPLIT_TILES;
 static_assert(kItemCostTiles >= 1, "positions of sequences must differ, empty ones included");
-static_assert(kPlanWarps <= kWarpThreads, "one warp scans the warps' sums");
 
 // Lengths from the least conceivable stretch to the packed one: with no more sequences than workers, the item costs
 // lengthen a stretch by kItemCostTiles at most.

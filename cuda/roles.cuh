@@ -29,6 +29,7 @@ constexpr u32 kConsumerRegisters = 224;
 constexpr u32 kProducerRegisters = 56;
 
 static_assert(kClusterCtas == 1 || kClusterCtas == 2, "an SM pair (TPC) hosts the cluster, so that no SM is left over");
+static_assert(kChunkColumns == MLA_CHUNK_COLUMNS, "mlacore/params.py describes other boxes to TMA");
 static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another number of threads");
 
 using Tiles = ItemTiles<kStages>;

@@ -64,6 +64,7 @@ def _variants() -> Iterator[Variant]:
         launch = (
             ("MLA_THREADS", params.DECODE_THREADS),
             ("MLA_SHARED_BYTES", params.DECODE_SHARED_BYTES),
+            ("MLA_CHUNK_COLUMNS", params.CHUNK_COLUMNS),
             ("MLA_PART_CHUNKS", params.PART_CHUNKS),
         )
         for ctas in params.CLUSTER_CTAS:

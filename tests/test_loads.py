@@ -43,7 +43,12 @@ template <typename T> u32 shared_address(T* object) {
   return u32(reinterpret_cast<const char*>(object) - reinterpret_cast<const char*>(kv));
 }
 inline u32 cluster_ctarank() { return rank_of_cta; }
-inline bool mbarrier_try_wait_parity(u32, u32) { return true; }
+inline std::vector<int> waits;  // of lane 0: stage, half, parity
+inline bool mbarrier_try_wait_parity(u32 address, u32 parity) {
+  const u32 barrier = (address - shared_address(&kv_empty[0][0])) / sizeof(u64);
+  if (threadIdx.x == 0) for (u32 value : {barrier / 2, barrier % 2, parity}) waits.push_back(int(value));
+  return true;
+}
 inline void mbarrier_arrive_expect_tx(u32, u32 bytes) { bytes_expected += bytes; }
 inline void fence_proxy_async() {}
 inline void st_shared_zero_16(u32) {}
@@ -82,6 +87,7 @@ struct int2 { int x, y; };
 static float __int_as_float(int) { return 0; }
 static std::barrier<> warp(32);
 static int lanes[32];
+static void __syncwarp() { warp.arrive_and_wait(); }
 static int __shfl_sync(unsigned, int value, int lane) {
   lanes[threadIdx.x % 32] = value;
   warp.arrive_and_wait();
@@ -99,6 +105,7 @@ extern "C" int run(const DecodeParams* params, const int* box, int ctas, int ran
                    int capacity) {
   pool_map = {{u64(box[1]), u64(box[2])}};
   loads.clear();
+  waits.clear();
   bytes_expected = 0;
   rank_of_cta = rank;
   const Block block = {worker, kv_head, rank};
@@ -114,12 +121,17 @@ extern "C" int run(const DecodeParams* params, const int* box, int ctas, int ran
   return int(loads.size());
 }
 extern "C" unsigned expected_bytes() { return bytes_expected; }
+extern "C" int waited(int* out, int capacity) {
+  if (int(waits.size()) > capacity) return -1;
+  std::copy(waits.begin(), waits.end(), out);
+  return int(waits.size());
+}
 """
 
 
 @pytest.fixture(scope="module")
 def producer(tmp_path_factory):
-    """``run(record, ctas, rank, worker)``: the loads ``[n, FIELDS]`` of one CTA, and the bytes it announced."""
+    """``run(record, ctas, rank, worker)``: the loads ``[n, FIELDS]`` of one CTA, the bytes it announced, its waits."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
@@ -136,13 +148,16 @@ def producer(tmp_path_factory):
     library = ctypes.CDLL(str(folder / "shim.so"))
     library.expected_bytes.restype = ctypes.c_uint
 
-    def run(record: np.ndarray, ctas: int, rank: int, worker: int) -> tuple[np.ndarray, int]:
+    def run(record: np.ndarray, ctas: int, rank: int, worker: int) -> tuple[np.ndarray, int, list[list[int]]]:
         loads = np.empty(1 << 18, np.int32)
         record_at, loads_at = ctypes.c_void_p(record.ctypes.data), ctypes.c_void_p(loads.ctypes.data)
         box = (ctypes.c_int * 5)(*params.pool_box(1 << int(record["page_size_log2"][0]), ctas))
         count = library.run(record_at, box, ctas, rank, worker, 0, loads_at, loads.size)
         assert count >= 0, "more loads than expected"
-        return loads[:count].reshape(-1, FIELDS), library.expected_bytes()
+        waits = np.empty(1 << 16, np.int32)
+        num_waits = library.waited(ctypes.c_void_p(waits.ctypes.data), waits.size)
+        assert num_waits >= 0, "more waits than expected"
+        return loads[:count].reshape(-1, FIELDS), library.expected_bytes(), waits[:num_waits].reshape(-1, 3).tolist()
 
     return run
 
@@ -206,9 +221,12 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
     record["num_kv_heads"] = record["row_blocks"] = record["blocks_per_worker"] = 1
     for worker in range(num_workers):
         for rank in range(ctas):
-            loads, announced = producer(record, ctas, rank, worker)
+            loads, announced, waits = producer(record, ctas, rank, worker)
             expected = expected_loads(table, lengths, page_size, work, worker, ctas, rank)
             np.testing.assert_array_equal(loads, np.array(expected, np.int32).reshape(-1, FIELDS))
             # Each CTA waits for the bytes of whole tiles, whoever of the cluster sends them.
             tiles = sum(1 for _ in worker_tiles(lengths, work, worker))
             assert announced == tiles * TILE_TOKENS * HEAD_DIM_QK * 2
+            # Both halves of a stage are handed back before it is loaded again; of a cluster, before its CTAs exit, too.
+            rounds = range(tiles + (STAGES if ctas > 1 else 0))
+            assert waits == [[n % STAGES, half, (n // STAGES + 1) % 2] for n in rounds for half in range(2)]
