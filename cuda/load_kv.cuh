@@ -56,14 +56,14 @@ __device__ __forceinline__ void load_box(u32 destination, const TensorMap* map, 
 // The first part lies in the first half, the last one (P may lie in its rope chunk, until the second half is free) needs
 // the second, the one between them both. A page id outside the pool, or past the table's end, reads as zeros: TMA does
 // not leave the tensor.
-template <u32 kClusterCtas, u32 kStages, u32 kChunks, u32 kParts, u32 kChunkElems>
+template <u32 kClusterCtas, u32 kStages, u32 kChunks, u32 kParts, u32 kHalves, u32 kChunkElems>
 __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems], u64 (&kv_full)[kStages][kParts],
-                                        u64 (&kv_empty)[kStages][2], const TensorMap* kv_map,
+                                        u64 (&kv_empty)[kStages][kHalves], const TensorMap* kv_map,
                                         const DecodeParams& params, const Block& block) {
   constexpr u32 kPartChunks = kChunks / kParts;
   constexpr u32 kShareRows = kTileTokens / kClusterCtas;
   constexpr u32 kBoxChunks = kClusterCtas == 1 ? kPartChunks : 1;  // unless pages are smaller than the share
-  static_assert(kParts == 3 && kParts * kPartChunks == kChunks, "where halves and parts meet is written out below");
+  static_assert(kParts == 3 && kParts * kPartChunks == kChunks && kHalves == 2, "which part lies in which half");
   const u32 lane = threadIdx.x % kWarpThreads;
   const i32 share = kClusterCtas > 1 ? i32(cluster_ctarank() * kShareRows) : 0;
   RingPosition<kStages> ring;
@@ -97,7 +97,7 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
         const u32 destination = shared_address(kv[ring.stage][0]);
 #pragma unroll
         for (u32 part = 0; part < kParts; ++part) {
-          if (part < 2) {
+          if (part < kHalves) {
             wait_phase(shared_address(&kv_empty[ring.stage][part]), ring.phase ^ 1);
             __syncwarp();  // all lanes have seen this phase before the next can come
           }

@@ -88,10 +88,10 @@ struct SumOfTwo {
   __device__ __forceinline__ SumOfTwo(float own, float other) {
     const float top = fmaxf(own, other), base = finite_or_zero(top);
     const float own_part = ex2(own - base), other_part = ex2(other - base), total = own_part + other_part;
-    const float scale = total == 0.f ? 0.f : rcp(total);
+    const float scale = inverse_sum(total);
     own_weight = own_part * scale;
     other_weight = other_part * scale;
-    lse = total == 0.f ? -infinity() : top + log2f(total);
+    lse = log_sum_exp(top, total);
   }
   __device__ __forceinline__ float of(float own, float other) const {
     return sum_of_products(without_last_bits(own), own_weight, other, other_weight);
@@ -167,8 +167,9 @@ class SplitMerge {
     const u32 lane = threadIdx.x % kWarpThreads;
     const bool is_second = __shfl_sync(0xffffffffu, earlier, 0) == 1;
     if (lane == 0) {
-      shared_.is_second[is_first ? 0 : 1] = is_second;
-      mbarrier_arrive(shared_address(&shared_.claimed[is_first ? 0 : 1]));
+      const u32 i = is_first ? 0 : 1;
+      shared_.is_second[i] = is_second;
+      mbarrier_arrive(shared_address(&shared_.claimed[i]));
     }
     if (!is_second) return;
     // The other state may have gone to memory meanwhile: into L2 with it before the consumers ask.
@@ -481,10 +482,9 @@ class SplitMerge {
     for (u32 i = 0; i < 2; ++i) {
       const i32 out_row = rows_.out_row[row[i]];
       rows[i] = out_row < 0 ? nullptr : params_.out + (first_row + out_row) * kHeadDimV;
-      scale[i] = total[i] == 0.f ? 0.f : rcp(total[i]);
+      scale[i] = inverse_sum(total[i]);
       if (at.has_first_column() && out_row >= 0) {
-        params_.lse[first_row + rows_.lse_row[row[i]]] =
-            total[i] == 0.f ? -infinity() : (top[i] + log2f(total[i])) * kLn2;
+        params_.lse[first_row + rows_.lse_row[row[i]]] = log_sum_exp(top[i], total[i]) * kLn2;
       }
     }
     at.template store<Element>(rows, state.sum, scale);

@@ -313,7 +313,7 @@ struct Consumer {
     i32 a = 0;
     for (; a + 1 < tiles.count; a += 2) {
       const Tile even = tiles[a], odd = tiles[a + 1];
-      start_scores<0, kParts>(odd);                          // 1
+      start_scores<0, kParts>(odd);                           // 1
       const RowPair peer_factors = take_probabilities(even);  // 2
       finish_scores();
       if (a + 3 >= tiles.count) release_q();
@@ -353,8 +353,8 @@ struct Consumer {
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
       const float total = sums[0][row + 8 * i] + sums[1][row + 8 * i];
-      lse[i] = total == 0.f ? -infinity() : reference.r[i] + log2f(total);
-      scale[i] = total == 0.f ? 0.f : rcp(total);
+      lse[i] = log_sum_exp(reference.r[i], total);
+      scale[i] = inverse_sum(total);
     }
     if (is_split && !merge.adds_other(item)) {
       const i32 slot = merge.own_slot(item);

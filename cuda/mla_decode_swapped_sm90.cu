@@ -353,8 +353,8 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void set_total(u32 i, float total) {
-    lse[i] = total == 0.f ? -infinity() : reference[i] + log2f(total);
-    scale[i] = total == 0.f ? 0.f : rcp(total);
+    lse[i] = log_sum_exp(reference[i], total);
+    scale[i] = inverse_sum(total);
   }
 
   // Row sums over each warp's tokens, and the references that they are relative to.

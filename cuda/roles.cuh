@@ -70,9 +70,8 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
     } else {
       if (warp == 1) merge.announce();
       load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, merge, warp - 1);
+      if (warp == 1) merge.watch();
     }
-    if (warp == 1) merge.watch();
-    __syncwarp();
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
     WorkerItems items(params, block.worker);

@@ -57,6 +57,13 @@ __device__ __forceinline__ RowPair new_reference(const RowPair& top, const RowPa
   return {fmaxf(reference.r[0], quad_max(top.r[0]) * scale_log2), fmaxf(reference.r[1], quad_max(top.r[1]) * scale_log2)};
 }
 
+// What a row's sum of probabilities stands for: the base-2 log-sum-exp of its scores, and what makes them weights. A row
+// that sees no key has sum 0.
+__device__ __forceinline__ float log_sum_exp(float reference, float sum) {
+  return sum == 0.f ? -infinity() : reference + log2f(sum);
+}
+__device__ __forceinline__ float inverse_sum(float sum) { return sum == 0.f ? 0.f : rcp(sum); }
+
 // Factor that brings a state kept relative to `from` to be relative to `to`. A state without reference is empty: it is
 // left as it is.
 __device__ __forceinline__ float rescale_factor(float from, float to) {
