@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from pretended_gpu import FakeDriver
 
 pytest.register_assert_rewrite("cache_model", "pretended_gpu")
 
@@ -41,3 +45,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("MLACORE_REQUIRE_GPU") == "1":
         pytest.fail(f"MLACORE_REQUIRE_GPU=1, but the test {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """A driver that writes down what it is given, for tests of launches."""
+    pytest.importorskip("cupy")
+    from pretended_gpu import pretend_driver
+
+    return pretend_driver(monkeypatch)

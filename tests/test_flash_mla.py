@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cases import CORNERS, TINY, Case, Inputs, cost, make_inputs
 from compare import LSE_RULE, OUT_RULES, assert_close
-from pretended_gpu import FakeDriver, gpu_array, pretend_driver
+from pretended_gpu import FakeDriver, gpu_array
 
 from mlacore import arrays, flash_mla, mla_decode_reference, params, plan_decode
 from mlacore.arrays import bfloat16
@@ -214,11 +214,6 @@ def test_bad_arguments_leave_the_metadata_unplanned(
 
 
 # --- GPU arrays ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    return pretend_driver(monkeypatch)
 
 
 @pytest.fixture

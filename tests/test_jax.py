@@ -24,6 +24,7 @@ from mlacore import mla_decode_reference, xla_targets
 jax = pytest.importorskip("jax", reason="needs the jax extra")
 
 import jax.numpy as jnp  # noqa: E402
+from jax_loop import decode_loop  # noqa: E402
 
 import mlacore.jax as mla_jax  # noqa: E402
 
@@ -295,18 +296,8 @@ def test_64_steps_in_one_loop():
     pool = (rng.standard_normal((12, 64, 1, 576), np.float32) / 4).astype(np.float16)
     first = rng.standard_normal((batch, 1, num_heads, 576), np.float32).astype(np.float16)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def generate(q: Any, pool: Any, lengths: Any) -> Any:
-        def step(_: Any, state: Any) -> Any:
-            q, pool, lengths = state
-            lengths = lengths + (lengths > 0)
-            new = q[:, :, 0]  # where a model would have projections
-            pool = mla_jax.append(pool, table, lengths, new[..., :512], new[..., 512:])
-            plan = mla_jax.plan_decode(lengths, num_heads=num_heads, num_workers=3)
-            out, _ = mla_jax.mla_decode(q, pool, table, lengths, plan=plan)
-            return jnp.concatenate([out, q[..., 512:]], -1), pool, lengths
-
-        return jax.lax.fori_loop(0, steps, step, (q, pool, lengths))
+    plan_of = functools.partial(mla_jax.plan_decode, num_heads=num_heads, num_workers=3)
+    generate = decode_loop(steps, table, plan_of)
 
     donated = jnp.array(pool)  # a copy, in memory of its own: what is imported cannot be donated
     address = donated.unsafe_buffer_pointer()

@@ -19,6 +19,7 @@ jax = pytest.importorskip("jax", reason="needs jax")
 cupy = pytest.importorskip("cupy", reason="needs CuPy")
 
 import jax.numpy as jnp  # noqa: E402
+from jax_loop import decode_loop  # noqa: E402
 
 import mlacore.jax as mla_jax  # noqa: E402
 
@@ -223,17 +224,7 @@ def test_64_steps_in_one_loop():
     pool = (rng.standard_normal((60, 64, 1, 576), np.float32) / 4).astype(element)
     first = rng.standard_normal((batch, 1, num_heads, 576), np.float32).astype(element)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def generate(q: Any, pool: Any, lengths: Any) -> Any:
-        def step(_: Any, state: Any) -> Any:
-            q, pool, lengths = state
-            lengths = lengths + (lengths > 0)
-            new = q[:, :, 0]  # where a model would have projections
-            pool = mla_jax.append(pool, table, lengths, new[..., :512], new[..., 512:])
-            out, _ = mla_jax.mla_decode(q, pool, table, lengths)
-            return jnp.concatenate([out, q[..., 512:]], -1), pool, lengths
-
-        return jax.lax.fori_loop(0, steps, step, (q, pool, lengths))
+    generate = decode_loop(steps, table)
 
     donated = jnp.array(pool)
     address = donated.unsafe_buffer_pointer()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pretended_gpu import PLAN_SCRATCH, FakeDriver, cupy_stream, gpu_array, make_call, make_plan, pretend_driver
+from pretended_gpu import PLAN_SCRATCH, FakeDriver, cupy_stream, gpu_array, make_call, make_plan
 
 from mlacore import (
     attention,
@@ -32,11 +32,6 @@ from mlacore.shapes import LOG2_E
 
 pytest.importorskip("cupy")
 pytest.importorskip("cuda.bindings")
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    return pretend_driver(monkeypatch)
 
 
 # --- what reaches the driver -----------------------------------------------------------------------------------------

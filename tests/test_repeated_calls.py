@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pretended_gpu import PLAN_SCRATCH, FakeDriver, gpu_array, make_call, make_plan, pretend_driver
+from pretended_gpu import PLAN_SCRATCH, FakeDriver, gpu_array, make_call, make_plan
 
 from mlacore import (
     attention,
@@ -30,11 +30,6 @@ from mlacore.dispatch import KernelShape
 
 pytest.importorskip("cupy")
 pytest.importorskip("cuda.bindings")
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    return pretend_driver(monkeypatch)
 
 
 def test_other_addresses_streams_and_plans_repeat_a_launch(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pretended_gpu import FakeDriver, gpu_array, kernel_on_host, pretend_driver
+from pretended_gpu import FakeDriver, gpu_array, kernel_on_host
 
 from mlacore import driver, mla_decode, params, plan_decode, xla_ffi, xla_targets
 from mlacore import plan as plans
@@ -219,12 +219,10 @@ def test_no_stream():
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    pytest.importorskip("cupy")
+def fake(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     forget()
-    driver = pretend_driver(monkeypatch)
     monkeypatch.setattr(xla_targets.arrays, "on_device", allocating)
-    yield driver
+    yield fake
     forget()
 
 
