@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import energy
 from bench.inputs import PAGE_BYTES, Inputs
-from bench.timing import Budget, Meter, Replay, capture, time_replays
+from bench.nvml import Meter
+from bench.timing import Budget, Replay, capture, time_replays
 from mlacore import ceilings, driver
 from mlacore.synthetic import normal
 
@@ -23,17 +25,22 @@ LOAD_ONLY_SHARED_BYTES = LOAD_ONLY_STAGES * PAGE_BYTES + 128  # pages and mbarri
 
 
 def measure(torch: Any, stream: Any, budget: Budget, meter: Meter | None = None) -> dict[str, Any]:
-    """Ceilings that hold for every case, as JSON: GB/s, TFLOP/s, MHz, W and µs. `torch` may be None."""
+    """Ceilings that hold for every case, as JSON: GB/s, TFLOP/s, MHz, W and µs; with `meter` also the power limit, and
+    power and energy of empty kernels and of the matrix product. `torch` may be None."""
     with stream:
-        copy_bytes_s = _copy_bandwidth()
-        read_bytes_s = ceilings.read_bandwidth()
         empty = [lambda: _empty_kernel()((_num_sms(),), (32,), ())] * 200
         empty[0]()
+        empty_replay = capture(empty, stream)
+        at_rest = energy.measure(empty_replay, len(empty), stream, meter) if meter else None  # while the GPU is cool
+        copy_bytes_s = _copy_bandwidth()
+        read_bytes_s = ceilings.read_bandwidth()
     return {
         "copy_gbs": round(copy_bytes_s / 1e9, 1),
         "read_gbs": round(read_bytes_s / 1e9, 1),
         **_gemm_rates(torch, stream, budget, meter),
-        "empty_us": round(time_replays(capture(empty, stream), len(empty), stream, budget).us, 3),
+        "empty_us": round(time_replays(empty_replay, len(empty), stream, budget).us, 3),
+        "limit_watts": meter.limit_watts() if meter else None,
+        "rest_watts": at_rest.watts if at_rest else None,
     }
 
 
@@ -79,13 +86,14 @@ def _gemm_rates(torch: Any, stream: Any, budget: Budget, meter: Meter | None) ->
             burst_s = ceilings.gpu_seconds(multiply, repeats=20)
     except (ImportError, OSError, RuntimeError) as error:  # CuPy loads cuBLAS on first use and raises any of these
         label = f"not measured ({type(error).__name__}: {(str(error) or '?').splitlines()[0]})"
-        return {"gemm_tflops": None, "gemm_burst_tflops": None, "gemm_label": label}
+        return {"gemm_tflops": None, "gemm_burst_tflops": None, "gemm_label": label, "gemm_energy": None}
 
     def replay() -> None:
         for _ in range(GEMM_CALLS):
             multiply()
 
     sustained = time_replays(replay, GEMM_CALLS, stream, budget, meter).as_json()
+    spent = energy.measure(replay, GEMM_CALLS, stream, meter) if meter else None
     flops = 2 * GEMM_SIZE**3
     return {
         "gemm_tflops": round(flops / sustained["us"] * 1e-6, 1),
@@ -93,6 +101,7 @@ def _gemm_rates(torch: Any, stream: Any, budget: Budget, meter: Meter | None) ->
         "gemm_label": label,
         "gemm_sm_mhz": sustained["sm_mhz"],
         "gemm_watts": sustained["watts"],
+        "gemm_energy": spent.as_json() | {"flops": flops} if spent else None,
     }
 
 

@@ -1,10 +1,11 @@
 """Paged MLA decode on this GPU, against its ceilings and the peers found: ``python -m bench.decode``.
 
 Every case is checked against the float64 definition, then timed by CUDA-graph replay over sets of q and pages that
-cover three times the L2: the whole operation, everything launched per call, on normally distributed data. We, the
-load-only kernel and the peers take turns, since a chip at its power limit slows as it heats up; SM clock and power are
-read meanwhile. Planning is timed apart, as is the host's part of an eager call. A complete run is written to
-`bench/results/`, from where `bench.table` and `bench.plot` take it.
+cover three times the L2: the whole operation, everything launched per call, on normally distributed data. We and the
+peers take turns, since a chip at its power limit slows as it heats up; SM clock and power are read meanwhile. The
+load-only kernel and batch-invariant calls are timed apart, as are planning and the host's part of an eager call; a few
+cases are weighed by energy, too. A complete run is written to `bench/results/`, from where `bench.table` and
+`bench.plot` take it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from typing import Any
 from cases import PERF, Case
 
 import mlacore
-from bench import ceilings, environment, host, table
+from bench import ceilings, energy, environment, host, table
 from bench.check import Reference, check, references, relative_l2
-from bench.figures import SCHEMA, Result, Row
+from bench.figures import LONG, SCHEMA, TILE_ROWS, Result, Row
 from bench.inputs import Inputs, Stock
-from bench.nvml import open_meter
+from bench.nvml import Meter, open_meter
 from bench.peers import Peer, Peers
-from bench.timing import QUICK, Budget, Meter, Replay, Stopwatch, capture, host_us, time_in_turns, time_replays
+from bench.timing import QUICK, Budget, Replay, Stopwatch, Timing, capture, host_us, time_in_turns, time_replays
 
 GRAPH_US = 1000  # a graph holds calls for about this long, so that launching it weighs nothing
 PEER_ERROR = 0.02  # relative L2 from which a peer's answer is wrong; rounding the output alone gives 0.0017
@@ -48,7 +49,7 @@ class Bench:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def row(self, case: Case, inputs: Inputs) -> Row:
-        """Check one case, then time it, the load-only kernel and the peers by turns."""
+        """Check one case, then time it and the peers by turns, and what else belongs to it."""
         import cupy
 
         with self.watch.phase("check"):
@@ -57,14 +58,12 @@ class Bench:
             errors = check(inputs, calls[0], expected, cupy.cuda.Device().synchronize)
         with self.watch.phase("capture"):
             num_calls = self._num_calls(inputs)
-            graphs = {
-                "mlacore": capture(_cycle(calls, num_calls), self.stream),
-                "load only": ceilings.load_only(inputs, num_calls, self.stream),
-            }
+            graphs = {"mlacore": capture(_cycle(calls, num_calls), self.stream)}
+            apart = {"load only": ceilings.load_only(inputs, num_calls, self.stream)}
             if _is_timed_batch_invariant(case):
                 _, invariant = our_calls(inputs, self.stream, batch_invariant=True)
                 check(inputs, invariant[0], expected, cupy.cuda.Device().synchronize)
-                graphs["batch-invariant"] = capture(_cycle(invariant, num_calls), self.stream)
+                apart["batch-invariant"] = capture(_cycle(invariant, num_calls), self.stream)
             peers: dict[str, dict[str, Any]] = {}
             left_out: dict[str, str] = {}
             for peer in self.peers.found:
@@ -74,8 +73,11 @@ class Bench:
                 if why:
                     left_out[peer.name] = why
                     print(f"  {case.id}: {peer.name} left out: {why}", file=sys.stderr)
+        timings: dict[str, Timing] = {}
         with self.watch.phase("timing"):
-            timings = time_in_turns(graphs, num_calls, self.stream, self.budget, self.meter)
+            # What needs less power than the contenders would leave some to the one that follows it.
+            for together in (apart, graphs):
+                timings |= time_in_turns(together, num_calls, self.stream, self.budget, self.meter)
         with self.watch.phase("plan and host"):
             update = functools.partial(plan.update, inputs.cache_seqlens, stream=self.stream)
             planning = time_replays(capture([update] * 100, self.stream), 100, self.stream, QUICK)
@@ -86,6 +88,15 @@ class Bench:
             name = facts["name"]
             if name not in best or timing["us"] < best[name]["us"]:
                 best[name] = timing
+        spent = {}
+        if self.meter and _is_weighed(case):
+            fastest = {name: f"{name} {facts['variant']}" for name, facts in best.items()}
+            replays = {"load only": apart["load only"], "mlacore": graphs["mlacore"]}
+            replays |= {name: graphs[variant] for name, variant in fastest.items()}
+            with self.watch.phase("energy"):
+                for name, replay in replays.items():
+                    if one := energy.measure(replay, num_calls, self.stream, self.meter):
+                        spent[name] = one.as_json()
         load_only = timings["load only"]
         compute_us = inputs.flops / (self.ceilings["gemm_tflops"] * 1e6) if self.ceilings["gemm_tflops"] else 0.0
         return {
@@ -109,6 +120,7 @@ class Bench:
             "floor_us": round(max(load_only.us, compute_us), 3),
             "mlacore": timings["mlacore"].as_json(),
             "batch_invariant": timings["batch-invariant"].as_json() if "batch-invariant" in timings else None,
+            "energy": spent,
             "host_us": round(eager_us, 2),
             "plan": planning.as_json(),
             "error": errors,
@@ -169,6 +181,11 @@ def our_calls(
 def _is_timed_batch_invariant(case: Case) -> bool:
     """Where its scratch memory, a state for each split, stays in the low gigabytes."""
     return case.kind in ("latency", "few", "mtp") or (case.kind in ("compute", "tp") and case.seq_len_k <= 16384)
+
+
+def _is_weighed(case: Case) -> bool:
+    """Whose energy is measured: long cases that run at the power limit."""
+    return (case.kind == "compute" or (case.kind == "tp" and case.num_heads == TILE_ROWS)) and case.seq_len_k == LONG
 
 
 def _cycle(calls: Sequence[Callable[[], Any]], count: int) -> list[Callable[[], Any]]:

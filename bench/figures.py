@@ -65,6 +65,21 @@ def tile_cycles(row: Row, num_sms: int) -> float | None:
     return row["mlacore"]["us"] * clock * num_sms / row["tiles"]
 
 
+def energy_us(row: Row, ceilings: dict[str, Any]) -> float | None:
+    """Time in which the power limit yields what matrix product and load-only kernel take, above rest, for the call's
+    FLOP and pages; None where something of it was not measured."""
+    product, rest, limit = (ceilings.get(name) for name in ("gemm_energy", "rest_watts", "limit_watts"))
+    loads = row.get("energy", {}).get("load only")
+    if not (product and loads and rest and limit):
+        return None
+
+    def above_rest(one: dict[str, float]) -> float:
+        return one["millijoules"] - rest * one["us"] * 1e-3
+
+    millijoules = above_rest(product) * row["flops"] / product["flops"] + above_rest(loads)
+    return millijoules / (limit - rest) * 1e3
+
+
 def peer_names(rows: Sequence[Row]) -> list[str]:
     """Peers measured in any row, in order of first sight."""
     return list(dict.fromkeys(name for row in rows for name in row["peers"]))

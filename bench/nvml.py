@@ -1,4 +1,4 @@
-"""SM clock and power of a GPU while it works, through NVML, the driver's management library."""
+"""SM clock, power and energy of a GPU while it works, through NVML, the driver's management library."""
 
 from __future__ import annotations
 
@@ -53,6 +53,18 @@ class Meter:
             status = getattr(self._nvml, _HANDLE_BY_BUS_ID)(pci_bus_id.encode(), ctypes.byref(self._gpu))
         if status != 0:
             raise OSError(f"NVML error {status} for the GPU at {pci_bus_id}")
+
+    def joules(self) -> float | None:
+        """What the GPU has taken since the driver was loaded, in J; NVML moves it on every 0.1 s. None if unknown."""
+        millijoules = ctypes.c_ulonglong()
+        status = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu, ctypes.byref(millijoules))
+        return millijoules.value / 1000 if status == 0 else None
+
+    def limit_watts(self) -> float | None:
+        """The power limit in force, in W; None if unknown."""
+        milliwatts = ctypes.c_uint()
+        status = self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._gpu, ctypes.byref(milliwatts))
+        return milliwatts.value / 1000 if status == 0 else None
 
     def __call__(self) -> Reading:
         """The present SM clock in MHz and power in W."""

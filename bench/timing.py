@@ -35,17 +35,17 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long to replay. Every graph gets `rounds` turns, each of at least `min_replays` and then until `seconds` are
-    spent or `max_replays` are done."""
+    """How long to replay. Every graph gets `rounds` turns. A turn begins with `settle_seconds` of replays that do not
+    count, one at least; then come `min_replays`, and more until `seconds` are spent or `max_replays` are done."""
 
     rounds: int = 3
     seconds: float = 0.1
     min_replays: int = 5
     max_replays: int = 50
-    warmup: int = 2
+    settle_seconds: float = 0.06
 
 
-QUICK = Budget(rounds=1, seconds=0.03, min_replays=3, max_replays=10, warmup=1)
+QUICK = Budget(rounds=1, seconds=0.03, min_replays=3, max_replays=10, settle_seconds=0)
 
 Replay = Callable[[], Any]
 Meter = Callable[[], Reading]
@@ -80,13 +80,14 @@ def time_replays(replay: Replay, num_calls: int, stream: Any, budget: Budget, me
 def time_in_turns(
     replays: dict[str, Replay], num_calls: int, stream: Any, budget: Budget, meter: Meter | None = None
 ) -> dict[str, Timing]:
-    """`time_replays` of several graphs by turns: a chip at its power limit slows as it heats up, and whoever came first
-    would be favoured. `meter` is read while they run."""
+    """`time_replays` of several graphs by turns: a chip at its power limit slows as it heats up, and lets whoever comes
+    after a pause go faster for a while. So every other round goes backwards, and a turn settles before it counts.
+    `meter` is read while they run."""
     samples: dict[str, list[float]] = {name: [] for name in replays}
     readings: dict[str, list[Reading]] = {name: [] for name in replays}
-    for _ in range(budget.rounds):
-        for name, replay in replays.items():
-            _one_turn(replay, num_calls, stream, budget, meter, samples[name], readings[name])
+    for number in range(budget.rounds):
+        for name in list(replays)[:: -1 if number % 2 else 1]:
+            _one_turn(replays[name], num_calls, stream, budget, meter, samples[name], readings[name])
     timings = {}
     for name, values in samples.items():
         low, median, high = np.percentile(values, (10, 50, 90))
@@ -107,9 +108,12 @@ def _one_turn(
     """One turn; appends a time in µs for each replay, and what the meter says once clock and power have settled."""
     import cupy
 
-    for _ in range(budget.warmup):
+    settled = time.perf_counter() + budget.settle_seconds
+    while True:
         replay()
-    stream.synchronize()
+        stream.synchronize()
+        if time.perf_counter() >= settled:
+            break
     begin = time.perf_counter()
     next_reading = begin + budget.seconds / 5
     start, end = cupy.cuda.Event(), cupy.cuda.Event()

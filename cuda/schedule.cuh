@@ -7,15 +7,16 @@
 //          epilogue, merge). Stretches balance tiles + cost * (items - 1) within one tile.
 // aligned  a span is a whole number of stretches: no worker has more than one item. Taken where stretches get no longer.
 //
+// Positions fit 32 bits, which divide several times faster than 64: of a longer sequence than kMaxPlannedTiles over the
+// batch's size, the rest is left to its last worker. Garbage lengths must not wrap around and send a write outside the
+// schedule.
+//
 // A batch-invariant schedule cuts every sequence by its own length instead, a worker a split.
 #pragma once
 
 #ifndef MLA_SCHEDULE_FUNCTION
 #define MLA_SCHEDULE_FUNCTION __device__ __forceinline__
 #endif
-
-// 64 bits: garbage lengths must not wrap around and send a write outside the schedule.
-using Position = long long;
 
 // Tiles of `tile` tokens that a sequence of `length` tokens fills; a negative length counts as empty.
 MLA_SCHEDULE_FUNCTION int tiles_of(int length, int tile) { return length > 0 ? (length - 1) / tile + 1 : 0; }
@@ -24,19 +25,17 @@ MLA_SCHEDULE_FUNCTION int tiles_of(int length, int tile) { return length > 0 ? (
 MLA_SCHEDULE_FUNCTION int item_extent(int tiles) { return tiles > 0 ? tiles : 1; }
 
 // Positions a worker walks; `total` is the line's length.
-MLA_SCHEDULE_FUNCTION Position worker_extent(Position total, int workers) {
-  const Position extent = (total + workers - 1) / workers;
+MLA_SCHEDULE_FUNCTION int worker_extent(int total, int workers) {
+  const int extent = (total + workers - 1) / workers;
   return extent > 0 ? extent : 1;
 }
 
 // Workers of `extent` positions that a sequence takes when it shares none with another.
-MLA_SCHEDULE_FUNCTION Position own_workers(int tiles, Position extent) {
-  return (item_extent(tiles) + extent - 1) / extent;
-}
+MLA_SCHEDULE_FUNCTION int own_workers(int tiles, int extent) { return (item_extent(tiles) + extent - 1) / extent; }
 
 // Positions from one sequence to the next.
-MLA_SCHEDULE_FUNCTION Position span_of(int tiles, Position extent, bool is_aligned, int item_cost_tiles) {
-  return is_aligned ? own_workers(tiles, extent) * extent : Position(tiles) + item_cost_tiles;
+MLA_SCHEDULE_FUNCTION int span_of(int tiles, int extent, bool is_aligned, int item_cost_tiles) {
+  return is_aligned ? own_workers(tiles, extent) * extent : tiles + item_cost_tiles;
 }
 
 // Batch-invariant: stretch of a sequence's splits, from its own tiles alone.
@@ -47,24 +46,24 @@ MLA_SCHEDULE_FUNCTION int invariant_extent(int tiles, int split_tiles, int max_s
 }
 
 // First and last worker of the sequence at `position`.
-MLA_SCHEDULE_FUNCTION int first_worker(Position position, Position extent, int workers) {
-  const Position worker = position / extent;
-  return worker < workers ? int(worker) : workers - 1;
+MLA_SCHEDULE_FUNCTION int first_worker(int position, int extent, int workers) {
+  const int worker = position / extent;
+  return worker < workers ? worker : workers - 1;
 }
-MLA_SCHEDULE_FUNCTION int last_worker(Position position, int tiles, Position extent, int workers) {
+MLA_SCHEDULE_FUNCTION int last_worker(int position, int tiles, int extent, int workers) {
   return first_worker(position + item_extent(tiles) - 1, extent, workers);
 }
 
 // The workers that begin at this sequence are [begin_workers_from, last_worker]: those whose first position lies past
 // the previous sequence's last one.
-MLA_SCHEDULE_FUNCTION int begin_workers_from(Position previous_last_position, Position extent) {
-  return previous_last_position < 0 ? 0 : int(previous_last_position / extent) + 1;
+MLA_SCHEDULE_FUNCTION int begin_workers_from(int previous_last_position, int extent) {
+  return previous_last_position < 0 ? 0 : previous_last_position / extent + 1;
 }
 
 // Tile at which worker `worker` begins when its first sequence lies at `position`.
-MLA_SCHEDULE_FUNCTION int begin_tile(int worker, Position extent, Position position) {
-  const Position tile = worker * extent - position;
-  return tile > 0 ? int(tile) : 0;
+MLA_SCHEDULE_FUNCTION int begin_tile(int worker, int extent, int position) {
+  const int tile = worker * extent - position;
+  return tile > 0 ? tile : 0;
 }
 
 // Where a split's partial state goes: each worker has one slot for its first item and one for any later item; only its

@@ -87,6 +87,7 @@ def _variants() -> Iterator[Variant]:
             )
     plan = (
         ("MLA_ITEM_COST_TILES", params.ITEM_COST_TILES),
+        ("MLA_MAX_PLANNED_TILES", params.MAX_PLANNED_TILES),
         ("MLA_INVARIANT_SPLIT_TILES", params.INVARIANT_SPLIT_TILES),
         ("MLA_PLAN_THREADS", params.PLAN_THREADS),
     )

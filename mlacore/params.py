@@ -21,6 +21,8 @@ PART_CHUNKS = 3  # chunks of a part, in which tiles arrive
 
 # What one more item on a worker costs (prologue, epilogue, its share of the merge), in tiles.
 ITEM_COST_TILES = 4
+# Tiles of a batch that the planner tells apart, the same share for each sequence: 32-bit positions, twice over.
+MAX_PLANNED_TILES = 1 << 29
 # Most tiles of a split in a batch-invariant schedule, until a sequence has the most splits. More splits are faster at
 # batch 1, fewer at large batches, and the batch must not decide.
 INVARIANT_SPLIT_TILES = 16

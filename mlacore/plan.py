@@ -21,7 +21,14 @@ import numpy.typing as npt
 
 from mlacore import arrays, dispatch, shapes
 from mlacore.dispatch import KernelShape
-from mlacore.params import HEAD_DIM_V, INVARIANT_SPLIT_TILES, ITEM_COST_TILES, MAX_INVARIANT_SPLITS, TILE_TOKENS
+from mlacore.params import (
+    HEAD_DIM_V,
+    INVARIANT_SPLIT_TILES,
+    ITEM_COST_TILES,
+    MAX_INVARIANT_SPLITS,
+    MAX_PLANNED_TILES,
+    TILE_TOKENS,
+)
 from mlacore.ranges import marked
 from mlacore.schedule_view import ScheduleView
 
@@ -392,6 +399,7 @@ def schedule(lengths: npt.NDArray[np.integer], num_workers: int, max_splits: int
     tiles = -(-np.maximum(lengths.astype(np.int64), 0) // TILE_TOKENS)
     if max_splits:
         return _batch_invariant_schedule(tiles, num_workers, max_splits)
+    tiles = np.minimum(tiles, MAX_PLANNED_TILES // batch)  # the planner kernel counts in 32 bits
     positions = np.maximum(tiles, 1)  # an empty sequence still is one item, at one position
     total = int(tiles.sum())
     extent = max(1, -(-(total + ITEM_COST_TILES * (batch - 1)) // num_workers))  # positions of one worker

@@ -14,7 +14,7 @@ from bench.peers import import_torch
 
 pytestmark = pytest.mark.gpu
 
-BRIEF = timing.Budget(rounds=1, seconds=0.05, min_replays=3, max_replays=50, warmup=1)
+BRIEF = timing.Budget(rounds=1, seconds=0.05, min_replays=3, max_replays=50, settle_seconds=0)
 CASES = [
     Case(2, 2, 1000, 16, causal=True, varlen=True),
     Case(2, 1, 3000, 128, shortest=100),

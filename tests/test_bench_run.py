@@ -16,7 +16,7 @@ import pytest
 from cases import PERF, Case
 
 import mlacore
-from bench import ceilings, check, decode, environment, host, nvml, peers, timing
+from bench import ceilings, check, decode, energy, environment, host, nvml, peers, timing
 from bench.inputs import PAGE_BYTES, Stock
 from mlacore.plan import DecodePlan
 
@@ -143,6 +143,23 @@ class PretendedPeers(peers.Peers):
         return result[0]
 
 
+class PretendedMeter:
+    """600 W at 1500 MHz, on a counter that moves with every reading."""
+
+    def __init__(self, bus_id="", counts=True):
+        self.counts = counts
+        self.begin = time.perf_counter()
+
+    def __call__(self):
+        return nvml.Reading(1500.0, 600.0)
+
+    def joules(self):
+        return 600.0 * (time.perf_counter() - self.begin) if self.counts else None
+
+    def limit_watts(self):
+        return 700.0
+
+
 CASES = [
     Case(3, 2, 200, 16, causal=True, varlen=True, kind="mtp"),
     Case(2, 1, 130, 64, kind="sweep", shortest=10),
@@ -162,8 +179,11 @@ def gpu(monkeypatch):
     monkeypatch.setattr(decode, "PERF", CASES)
     monkeypatch.setattr(decode, "Peers", PretendedPeers)
     monkeypatch.setattr(decode, "Stock", lambda cases, l2_bytes, xp: Stock(cases, l2_bytes=l2_bytes, xp=np))
-    monkeypatch.setattr(decode, "open_meter", lambda bus_id: lambda: nvml.Reading(1500.0, 600.0))
-    monkeypatch.setattr(timing, "QUICK", timing.Budget(1, 0.01, 3, 10, 1))
+    monkeypatch.setattr(decode, "open_meter", PretendedMeter)
+    monkeypatch.setattr(decode, "_is_weighed", lambda case: case.kind == "mtp")
+    monkeypatch.setattr(energy, "SECONDS", 0.02)
+    monkeypatch.setattr(energy, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(timing, "QUICK", timing.Budget(1, 0.01, 3, 10, 0))
     monkeypatch.setattr(environment, "why_not", lambda: None)
     monkeypatch.setattr(environment, "_smi", lambda *fields: {})
     monkeypatch.setattr(ceilings, "_num_sms", lambda: 132)
@@ -200,6 +220,11 @@ def test_a_whole_run(gpu, tmp_path, capsys):
     assert first["peers"]["Wrong"]["variant"] == 1
     assert first["left_out"] == {"Wrong": "variant 0: wrong by nan in relative L2"}
     assert first["floor_us"] >= first["load_only"]["us"]
+    assert set(first["energy"]) == {"load only", "mlacore", "One", "Wrong"}
+    assert all(one["watts"] == pytest.approx(600, rel=0.05) for one in first["energy"].values())
+    assert second["energy"] == {}
+    assert result["ceilings"]["rest_watts"] == pytest.approx(600, rel=0.05)
+    assert result["ceilings"]["gemm_energy"]["flops"] == 2 * 64**3
     assert result["ceilings"]["gemm_label"] == "CuPy 64³ float16"
     assert result["ceilings"]["gemm_sm_mhz"] == 1500.0
     assert result["ceilings"]["gemm_tflops"] is not None
@@ -210,6 +235,7 @@ def test_a_whole_run(gpu, tmp_path, capsys):
     assert result["peers_missing"] == {"Two": "not there"}
     printed = capsys.readouterr().out
     assert "better peer" in printed
+    assert "One mJ (×)" in printed
     assert "b=3 s_q=2 h=16 200 var" in printed
 
 
@@ -379,6 +405,16 @@ class Nvml:
         field._obj.value, field._obj.status = 650_400, self.power_status
         return 0
 
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle, value):
+        assert handle.value == 42
+        value._obj.value = 12_345_678
+        return self.power_status
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle, value):
+        assert handle.value == 42
+        value._obj.value = 700_000
+        return self.power_status
+
 
 def test_meter_reads_clock_and_power():
     library = Nvml()
@@ -388,6 +424,44 @@ def test_meter_reads_clock_and_power():
     assert meter() == nvml.Reading(1665.0, None)
     with pytest.raises(OSError, match="NVML error 6"):
         nvml.Meter("0000:02:00.0", library)
+
+
+def test_meter_reads_the_energy_counter_and_the_limit():
+    library = Nvml()
+    meter = nvml.Meter("0000:01:00.0", library)
+    assert meter.joules() == 12_345.678
+    assert meter.limit_watts() == 700.0
+    library.power_status = 3
+    assert meter.joules() is meter.limit_watts() is None
+
+
+def test_energy_is_taken_between_two_steps_of_the_counter(monkeypatch):
+    clock = _clocked(monkeypatch)
+    monkeypatch.setattr(energy, "SECONDS", 0.8)
+    monkeypatch.setattr(energy, "SETTLE_SECONDS", 0.3)
+
+    class Stepping(PretendedMeter):
+        def joules(self):  # 900 W while it settles, 500 W later, seen every 0.1 s
+            seconds = int(clock["s"] * 10 + 1e-6) / 10
+            return 900 * min(seconds, 0.3) + 500 * max(seconds - 0.3, 0)
+
+    def replay() -> None:  # two calls of 0.5 ms
+        clock["s"] += 1e-3
+
+    measured = energy.measure(replay, 2, Stream(), Stepping())
+    assert measured.us == pytest.approx(500.0)
+    assert measured.watts == pytest.approx(500.0, rel=0.02)
+    assert measured.millijoules == pytest.approx(250.0, rel=0.02)
+    assert energy.measure(replay, 2, Stream(), PretendedMeter(counts=False)) is None
+
+
+def test_long_cases_of_many_rows_are_weighed():
+    weighed = [case for case in PERF if decode._is_weighed(case)]
+    assert {(case.kind, case.num_heads * case.seq_len_q) for case in weighed} == {
+        ("compute", 128),
+        ("compute", 256),
+        ("tp", 64),
+    }
 
 
 def test_field_value_has_nvmls_layout():
@@ -429,14 +503,25 @@ def test_graphs_take_turns(monkeypatch):
 
         return replay
 
-    budget = timing.Budget(rounds=2, seconds=0, min_replays=3, max_replays=5, warmup=1)
+    budget = timing.Budget(rounds=2, seconds=0, min_replays=3, max_replays=5, settle_seconds=0)
     graphs = {"ours": graph("ours", 1e-3), "theirs": graph("theirs", 3e-3)}
     measured = timing.time_in_turns(graphs, 10, Stream(), budget)
-    assert order == (["ours"] * 4 + ["theirs"] * 4) * 2  # one to warm up, three that count
+    assert order == ["ours"] * 4 + ["theirs"] * 8 + ["ours"] * 4  # one to settle, three that count; and backwards
     assert measured["ours"].us == pytest.approx(100.0)
     assert measured["ours"].replays == 6
     assert measured["ours"].sm_mhz is measured["ours"].watts is None
     assert measured["theirs"].us == pytest.approx(300.0)
+
+
+def test_a_turn_settles_before_it_counts(monkeypatch):
+    clock = _clocked(monkeypatch)
+
+    def replay() -> None:  # slower from the tenth millisecond on
+        clock["s"] += 1e-3 if clock["s"] < 10e-3 else 2e-3
+
+    budget = timing.Budget(rounds=1, seconds=0, min_replays=3, settle_seconds=10e-3)
+    measured = timing.time_replays(replay, 1, Stream(), budget)
+    assert [measured.low_us, measured.high_us] == pytest.approx([2000.0, 2000.0])
 
 
 def test_meter_is_read_late_in_a_turn_and_not_too_often(monkeypatch):
@@ -451,7 +536,7 @@ def test_meter_is_read_late_in_a_turn_and_not_too_often(monkeypatch):
         clock["s"] += 1e-3  # slow: ten of these must pass before the next
         return nvml.Reading(1000.0 + len(asked), None)
 
-    budget = timing.Budget(rounds=1, seconds=0.1, max_replays=200, warmup=0)
+    budget = timing.Budget(rounds=1, seconds=0.1, max_replays=200, settle_seconds=0)
     measured = timing.time_replays(replay, 1, Stream(), budget, meter)
     assert asked[0] >= 0.02
     assert 6 <= len(asked) <= 8

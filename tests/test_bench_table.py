@@ -123,6 +123,25 @@ def test_cycles_a_tile(result):
     assert figures.tile_cycles(many, 132) is None
 
 
+@pytest.fixture
+def weighed(result) -> dict:
+    """With the energy of its first row."""
+    result["ceilings"] |= {"rest_watts": 100.0, "limit_watts": 700.0}
+    result["ceilings"]["gemm_energy"] = {"us": 1000.0, "watts": 700.0, "millijoules": 700.0, "flops": 1e12}
+    names = {"mlacore": (400.0, 260.0), "FA3": (450.0, 325.0), "load only": (200.0, 80.0)}
+    result["rows"][0]["energy"] = {
+        name: {"us": us, "watts": mj / us * 1e3, "millijoules": mj} for name, (us, mj) in names.items()
+    }
+    return result
+
+
+def test_time_at_the_power_limit(weighed):
+    # Above 100 W, 1e12 FLOP take 600 mJ, so 2e11 take 120; the loads take 60; the limit leaves 600 W.
+    assert figures.energy_us(weighed["rows"][0], weighed["ceilings"]) == pytest.approx(300.0)
+    assert figures.energy_us(weighed["rows"][1], weighed["ceilings"]) is None
+    assert figures.energy_us(weighed["rows"][0], weighed["ceilings"] | {"rest_watts": None}) is None
+
+
 def test_lead_is_over_the_better_peer(result):
     first, second, third = result["rows"]
     assert (figures.better_peer(first), figures.lead(first)) == ("FlashMLA", 0.8)
@@ -182,6 +201,16 @@ def test_full_table_holds_rates_share_cycles_and_ratios(result):
     ]
     assert second[1:3] + second[7:8] + second[-2:] == ["b=1 s_q=1 h=16 1000", "12.5", "–", "–", "12.5 (1.00)"]
     assert third[-2:] == ["–", "–"]
+
+
+def test_energy_table(weighed, old_result):
+    assert table.energy_lines(weighed) == [
+        ["case", "µs", "W", "mJ", "FA3 mJ (×)", "product + loads, µs at the limit"],
+        ["b=128 s_q=1 h=128 4K var", "400.0", "650", "260", "325 (1.25)", "300.0"],
+    ]
+    assert "power at rest 100 W, limit 700 W" in table.rewrite(README, [weighed])
+    assert "325 (1.25)" in table.plain(weighed)
+    assert "Energy of a call" not in table.rewrite(README, [old_result])
 
 
 def test_batch_invariant_time_stands_beside_ours(result):
