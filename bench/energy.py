@@ -15,7 +15,7 @@ from bench.timing import Replay
 
 SECONDS = 0.8  # of replays that count: eight steps of the counter
 SETTLE_SECONDS = 0.3
-REPLAYS = 8  # queued at a time, so that the GPU does not pause in between
+REPLAYS = 8  # queued at a time, the next ones before they are done: the GPU does not pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +33,31 @@ class Energy:
 
 def measure(replay: Replay, num_calls: int, stream: Any, meter: Meter) -> Energy | None:
     """Replay a graph of `num_calls` calls for about a second; None where NVML does not count energy."""
+    import cupy
+
     begin = time.perf_counter()
-    first: tuple[float, float, int] | None = None
-    last = before = meter.joules()
-    calls = 0
-    while last is not None:
+    before = meter.joules()
+    first: tuple[float, float, Any] | None = None
+    calls, earlier = 0, None
+    while before is not None:
         for _ in range(REPLAYS):
             replay()
-        stream.synchronize()
+        done = cupy.cuda.Event()
+        done.record(stream)
+        joules, now = meter.joules(), time.perf_counter()  # some ms, in which the GPU works
+        if earlier is not None:
+            earlier.synchronize()
+        earlier = done
         calls += REPLAYS * num_calls
-        now, last = time.perf_counter(), meter.joules()
-        if last is None or last == before:
+        if joules is None or joules == before:
             continue
-        before = last  # the counter has just moved: energy, time and calls belong together
+        before = joules  # the counter has just moved: it tells the energy up to now
         if first is None:
             if now >= begin + SETTLE_SECONDS:
-                first = now, last, calls
+                first, calls = (now, joules, done), 0
         elif now >= first[0] + SECONDS:
-            seconds, joules, count = now - first[0], last - first[1], calls - first[2]
-            return Energy(seconds / count * 1e6, joules / seconds, joules / count * 1e3)
+            done.synchronize()
+            us = cupy.cuda.get_elapsed_time(first[2], done) * 1e3 / calls
+            watts = (joules - first[1]) / (now - first[0])
+            return Energy(us, watts, watts * us * 1e-3)
     return None

@@ -18,6 +18,9 @@
 #define MLA_SCHEDULE_FUNCTION __device__ __forceinline__
 #endif
 
+// Quotient of two numbers that are not negative: without signs it is half the instructions.
+MLA_SCHEDULE_FUNCTION int quotient(int a, int b) { return int(unsigned(a) / unsigned(b)); }
+
 // Tiles of `tile` tokens that a sequence of `length` tokens fills; a negative length counts as empty.
 MLA_SCHEDULE_FUNCTION int tiles_of(int length, int tile) { return length > 0 ? (length - 1) / tile + 1 : 0; }
 
@@ -26,12 +29,14 @@ MLA_SCHEDULE_FUNCTION int item_extent(int tiles) { return tiles > 0 ? tiles : 1;
 
 // Positions a worker walks; `total` is the line's length.
 MLA_SCHEDULE_FUNCTION int worker_extent(int total, int workers) {
-  const int extent = (total + workers - 1) / workers;
+  const int extent = quotient(total + workers - 1, workers);
   return extent > 0 ? extent : 1;
 }
 
 // Workers of `extent` positions that a sequence takes when it shares none with another.
-MLA_SCHEDULE_FUNCTION int own_workers(int tiles, int extent) { return (item_extent(tiles) + extent - 1) / extent; }
+MLA_SCHEDULE_FUNCTION int own_workers(int tiles, int extent) {
+  return quotient(item_extent(tiles) + extent - 1, extent);
+}
 
 // Positions from one sequence to the next.
 MLA_SCHEDULE_FUNCTION int span_of(int tiles, int extent, bool is_aligned, int item_cost_tiles) {
@@ -40,14 +45,14 @@ MLA_SCHEDULE_FUNCTION int span_of(int tiles, int extent, bool is_aligned, int it
 
 // Batch-invariant: stretch of a sequence's splits, from its own tiles alone.
 MLA_SCHEDULE_FUNCTION int invariant_extent(int tiles, int split_tiles, int max_splits) {
-  const int extent = item_extent(tiles), splits = (extent - 1) / split_tiles + 1;
+  const int extent = item_extent(tiles), splits = quotient(extent - 1, split_tiles) + 1;
   const int bounded = splits < max_splits ? splits : max_splits;
-  return (extent - 1) / bounded + 1;
+  return quotient(extent - 1, bounded) + 1;
 }
 
 // First and last worker of the sequence at `position`.
 MLA_SCHEDULE_FUNCTION int first_worker(int position, int extent, int workers) {
-  const int worker = position / extent;
+  const int worker = quotient(position, extent);
   return worker < workers ? worker : workers - 1;
 }
 MLA_SCHEDULE_FUNCTION int last_worker(int position, int tiles, int extent, int workers) {
@@ -57,7 +62,7 @@ MLA_SCHEDULE_FUNCTION int last_worker(int position, int tiles, int extent, int w
 // The workers that begin at this sequence are [begin_workers_from, last_worker]: those whose first position lies past
 // the previous sequence's last one.
 MLA_SCHEDULE_FUNCTION int begin_workers_from(int previous_last_position, int extent) {
-  return previous_last_position < 0 ? 0 : previous_last_position / extent + 1;
+  return previous_last_position < 0 ? 0 : quotient(previous_last_position, extent) + 1;
 }
 
 // Tile at which worker `worker` begins when its first sequence lies at `position`.

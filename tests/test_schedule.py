@@ -62,6 +62,13 @@ static unsigned __ballot_sync(unsigned, bool value) {
     return found;
   });
 }
+static int __reduce_add_sync(unsigned, int value) {
+  return of_lanes(value, [](const long long* said) {
+    int sum = 0;
+    for (int lane = 0; lane < 32; ++lane) sum += int(said[lane]);
+    return sum;
+  });
+}
 static int __ffs(int bits) { return __builtin_ffs(bits); }
 #include "mla_plan.cu"
 extern "C" void plan(const int* lengths, int batch, int workers, int max_splits, int* work, int* splits) {
