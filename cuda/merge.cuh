@@ -347,15 +347,16 @@ class SplitMerge {
   __device__ __forceinline__ void merge_slice(const SplitGroup& group, i32 split) const {
     const i32 rows = params_.seq_len_q * params_.heads_per_kv - block_.row_block * i32(Cells::kRows);
     const i32 units = Cells::units(max(0, min(rows, i32(Cells::kRows)))), num_splits = group.num_splits;
-    const i32 begin = i32(i64(split) * units / num_splits), end = i32(i64(split + 1) * units / num_splits);
+    // 32 bits, without signs, and powers of two below: this is done when everything else is.
+    const i32 begin = i32(u32(split * units) / u32(num_splits)), end = i32(u32((split + 1) * units) / u32(num_splits));
     if (begin == end) return;
     const i32 warp = i32(threadIdx.x / kWarpThreads);
-    i32 parts = 1;
-    while (2 * parts * (end - begin) <= kWarps && 2 * parts <= num_splits) parts *= 2;
-    const i32 splits_per_part = (num_splits + parts - 1) / parts;
-    const i32 first_split = warp % parts * splits_per_part;
+    i32 parts_log2 = 0;
+    while ((2 << parts_log2) * (end - begin) <= kWarps && 2 << parts_log2 <= num_splits) ++parts_log2;
+    const i32 parts = 1 << parts_log2, part = warp & (parts - 1), first_unit = begin + (warp >> parts_log2);
+    const i32 splits_per_part = (num_splits + parts - 1) >> parts_log2, first_split = part * splits_per_part;
 #pragma unroll 1
-    for (i32 unit = begin + warp / parts; unit < end; unit += kWarps / parts) {
+    for (i32 unit = first_unit; unit < end; unit += kWarps >> parts_log2) {
       const State state = sum_of_splits(group, unit, first_split, min(first_split + splits_per_part, num_splits));
       if (parts == 1) {
         write(group, unit, state);
@@ -365,8 +366,7 @@ class SplitMerge {
     }
     if (parts == 1) return;
     barrier_cta_sync(kBarrier, kThreads);
-    const i32 unit = begin + warp / parts;
-    if (warp % parts == 0 && unit < end) write(group, unit, sum_of_parts(parts));
+    if (part == 0 && first_unit < end) write(group, first_unit, sum_of_parts(parts));
     barrier_cta_sync(kBarrier, kThreads);  // scratch_ is free again
   }
 

@@ -58,11 +58,13 @@ __device__ __forceinline__ RowPair new_reference(const RowPair& top, const RowPa
 }
 
 // What a row's sum of probabilities stands for: the base-2 log-sum-exp of its scores, and what makes them weights. A row
-// that sees no key has sum 0.
-__device__ __forceinline__ float log_sum_exp(float reference, float sum) {
-  return sum == 0.f ? -infinity() : reference + log2f(sum);
+// that sees no key has sum 0, and reference -inf or 0. (log2f would take 30 instructions a row, one after another, and a
+// branch; lg2 is off by as much as rounding the result.)
+__device__ __forceinline__ float log_sum_exp(float reference, float sum) { return reference + lg2(sum); }
+__device__ __forceinline__ float inverse_sum(float sum) {
+  const float inverse = rcp(sum);
+  return sum == 0.f ? 0.f : inverse;
 }
-__device__ __forceinline__ float inverse_sum(float sum) { return sum == 0.f ? 0.f : rcp(sum); }
 
 // Factor that brings a state kept relative to `from` to be relative to `to`. A state without reference is empty: it is
 // left as it is.
