@@ -239,7 +239,6 @@ class SplitMerge {
 
   // Merges the worker's slices of the sequences that it shares with more than one other.
   __device__ __forceinline__ void run() const {
-    barrier_cta_sync(kBarrier, kThreads);  // nobody uses the scratch any more
     if (threadIdx.x == 0) st_release_shared(shared_address(&shared_.items_done), 1);
     await_groups();
 #pragma unroll 1
@@ -355,19 +354,21 @@ class SplitMerge {
     while ((2 << parts_log2) * (end - begin) <= kWarps && 2 << parts_log2 <= num_splits) ++parts_log2;
     const i32 parts = 1 << parts_log2, part = warp & (parts - 1), first_unit = begin + (warp >> parts_log2);
     const i32 splits_per_part = (num_splits + parts - 1) >> parts_log2, first_split = part * splits_per_part;
+    i32 unit = first_unit;
 #pragma unroll 1
-    for (i32 unit = first_unit; unit < end; unit += kWarps >> parts_log2) {
-      const State state = sum_of_splits(group, unit, first_split, min(first_split + splits_per_part, num_splits));
-      if (parts == 1) {
-        write(group, unit, state);
-      } else {
-        scratch_[threadIdx.x] = state;
+    do {  // once, if there are several parts
+      const bool has_unit = unit < end;
+      State state;
+      if (has_unit) state = sum_of_splits(group, unit, first_split, min(first_split + splits_per_part, num_splits));
+      if (parts > 1) {
+        barrier_cta_sync(kBarrier, kThreads);  // nobody uses the scratch any more
+        if (has_unit) scratch_[threadIdx.x] = state;
+        barrier_cta_sync(kBarrier, kThreads);
+        if (has_unit && part == 0) state = sum_of_parts(parts);
       }
-    }
-    if (parts == 1) return;
-    barrier_cta_sync(kBarrier, kThreads);
-    if (part == 0 && first_unit < end) write(group, first_unit, sum_of_parts(parts));
-    barrier_cta_sync(kBarrier, kThreads);  // scratch_ is free again
+      if (has_unit && part == 0) write(group, unit, state);
+      unit += kWarps >> parts_log2;
+    } while (unit < end && parts == 1);
   }
 
   // Of splits [begin, end), once their cells are there.
@@ -448,7 +449,7 @@ class SplitMerge {
         const float2 lse = unpack_lse(lses[i]), weight = {ex2(lse.x - base.x), ex2(lse.y - base.y)};
         state.total = {state.total.x + weight.x, state.total.y + weight.y};
 #pragma unroll
-        for (u32 c = 0; c < kUnitCells; ++c) state.add(c, weight, unpack_cell(cells[i][c]));
+        for (u32 c = 0; c < kUnitCells; ++c) state.add(c, weight, unpack_cell_roughly(cells[i][c]));
       }
     }
     return state;

@@ -105,11 +105,11 @@ using Merge = SplitMerge<Element, HeadsOnM, kConsumerThreads, kMerge>;
 // ---- consumers -----------------------------------------------------------------------------------------------------
 
 // One warpgroup: its half of O, its tiles' softmax. Step numbers are those of the schedule at the top.
-template <u32 kGroupIndex>
 struct Consumer {
   SharedPlan& shared;
   const DecodeParams& params;
   const Block& block;
+  const u32 group;
   const u32 thread = threadIdx.x % kWarpgroupThreads;
   const u32 lane = threadIdx.x % kWarpThreads;
   const u32 row = fragment_row(thread);
@@ -120,8 +120,8 @@ struct Consumer {
   RowPair reference;  // of the online softmax (softmax.cuh); `out` and `sum` are relative to it
   RowPair sum;        // this thread's share of the sums over its own tiles
 
-  __device__ __forceinline__ Consumer(SharedPlan& s, const DecodeParams& p, const Block& b)
-      : shared(s), params(p), block(b) {}
+  __device__ __forceinline__ Consumer(SharedPlan& s, const DecodeParams& p, const Block& b, u32 g)
+      : shared(s), params(p), block(b), group(g) {}
 
   // Scores of parts [kBegin, kEnd) of the tile's columns, as one committed group.
   template <u32 kBegin, u32 kEnd>
@@ -186,6 +186,7 @@ struct Consumer {
   }
 
   // P of the own tile and its references to the peer.
+  template <u32 kGroupIndex>
   __device__ __forceinline__ void publish_probabilities(const Tile& tile) {
     // All four warps have read the rope chunk (their QK^T is complete) before any writes P_a over it. P_b's buffer is
     // free because its last reader has released the stage that this tile was loaded into.
@@ -225,6 +226,7 @@ struct Consumer {
   }
 
   // The group's half of V.
+  template <u32 kGroupIndex>
   __device__ __forceinline__ void clear_past_end(const Tile& tile) {
     const u32 v = shared_address(shared.kv[tile.stage][kGroupIndex * kGroupChunks]);
     if (clear_tokens<kGroupChunks, kWarpgroupThreads>(v, tile.valid_tokens, thread)) {
@@ -233,8 +235,9 @@ struct Consumer {
   }
 
   // O += P V with P of the own tile, from registers.
+  template <u32 kGroupIndex>
   __device__ __forceinline__ void start_own_out(const Tile& tile) {
-    clear_past_end(tile);
+    clear_past_end<kGroupIndex>(tile);
     const u64 v = n_major_descriptor(shared_address(shared.kv[tile.stage][kGroupIndex * kGroupChunks]));
     keep_order(out);
     wgmma_fence();
@@ -247,8 +250,9 @@ struct Consumer {
   }
 
   // O += P V with P of the peer's tile, from shared memory.
+  template <u32 kGroupIndex>
   __device__ __forceinline__ void start_peer_out(const Tile& tile) {
-    clear_past_end(tile);
+    clear_past_end<kGroupIndex>(tile);
     const u64 p =
         k_major_descriptor(shared_address(kGroupIndex == 1 ? shared.kv[tile.stage][kRopeChunk] : shared.p_odd));
     const u64 v = n_major_descriptor(shared_address(shared.kv[tile.stage][kGroupIndex * kGroupChunks]));
@@ -265,6 +269,7 @@ struct Consumer {
     if (lane == 0) mbarrier_arrive(shared_address(&shared.q_empty));
   }
 
+  template <u32 kGroupIndex>
   __device__ __forceinline__ void release_half(const Tile& tile) {
     release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][kGroupIndex]));
   }
@@ -272,10 +277,10 @@ struct Consumer {
   // Softmax and O update of an even tile, whose scores are complete.
   __device__ __forceinline__ void attend_own(const Tile& even, bool is_first) {
     rescale_out(own_softmax(even, is_first));  // 2
-    start_own_out(even);                       // 3
-    publish_probabilities(even);               // 4
+    start_own_out<0>(even);                       // 3
+    publish_probabilities<0>(even);               // 4
     finish_out();
-    release_half(even);  // 5
+    release_half<0>(even);  // 5
   }
 
   // Even tiles are this group's own. The tile of one pair is scored behind the O update of the pair before.
@@ -287,12 +292,12 @@ struct Consumer {
       const Tile even = tiles[a], odd = tiles[a + 1], next = tiles[a + 2];
       attend_own(even, a == 0);
       rescale_out(take_probabilities(odd));
-      start_peer_out(odd);  // 6
+      start_peer_out<0>(odd);  // 6
       // 1': one part keeps the tensor cores fed while the O update is awaited
       start_scores<0, 1>(next);
       wgmma_wait_group<1>();
       keep_order(out);
-      release_half(odd);  // 8
+      release_half<0>(odd);  // 8
       start_scores<1, kParts>(next);
       finish_scores();
     }
@@ -302,9 +307,9 @@ struct Consumer {
     if (a + 1 < tiles.count) {
       const Tile odd = tiles[a + 1];
       rescale_out(take_probabilities(odd));
-      start_peer_out(odd);
+      start_peer_out<0>(odd);
       finish_out();
-      release_half(odd);
+      release_half<0>(odd);
     }
   }
 
@@ -318,23 +323,23 @@ struct Consumer {
       finish_scores();
       if (a + 3 >= tiles.count) release_q();
       rescale_out(peer_factors);
-      start_peer_out(even);                             // 3
+      start_peer_out<1>(even);                             // 3
       const RowPair factors = own_softmax(odd, false);  // 4
       finish_out();
-      release_half(even);  // 5
+      release_half<1>(even);  // 5
       rescale_out(factors);
-      start_own_out(odd);          // 6
-      publish_probabilities(odd);  // 7
+      start_own_out<1>(odd);          // 6
+      publish_probabilities<1>(odd);  // 7
       finish_out();
-      release_half(odd);  // 8
+      release_half<1>(odd);  // 8
     }
     if (tiles.count == 1) release_q();
     if (a < tiles.count) {
       const Tile even = tiles[a];
       rescale_out(take_probabilities(even));
-      start_peer_out(even);
+      start_peer_out<1>(even);
       finish_out();
-      release_half(even);
+      release_half<1>(even);
     }
   }
 
@@ -346,7 +351,7 @@ struct Consumer {
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
       const float group_sum = quad_sum(sum.r[i]);
-      if (lane % 4 == 0) sums[kGroupIndex][row + 8 * i] = group_sum;
+      if (lane % 4 == 0) sums[group][row + 8 * i] = group_sum;
     }
     barrier_cta_sync(kSums, kConsumerThreads);
     float lse[2], scale[2];  // the former in base 2
@@ -376,11 +381,11 @@ struct Consumer {
     if (shared.rows.out_row[row] >= 0) {
 #pragma unroll
       for (u32 j = 0; j < kGroupColumns / 8; ++j) {
-        st_global_16(cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8 + j, thread),
+        st_global_16(cells + HeadsOnM::memory_index(group * kGroupColumns / 8 + j, thread),
                      pack_cell(out[4 * j] * scale[0], out[4 * j + 1] * scale[0], out[4 * j + 2] * scale[1],
                                out[4 * j + 3] * scale[1], launch));
       }
-      if (kGroupIndex == 0 && lane % 4 == 0) {
+      if (group == 0 && lane % 4 == 0) {
         st_global_16(lses + HeadsOnM::pair_of(thread), pack_lse(lse[0], lse[1], launch));
       }
     }
@@ -391,7 +396,7 @@ struct Consumer {
   __device__ __forceinline__ void write_sum(const Item& item, const uint4* cells, const uint4* lses,
                                             const float (&lse)[2], const float (&scale)[2], u32 launch) {
     SumOfTwo both[2];
-    const uint4* const own_cells = cells + HeadsOnM::memory_index(kGroupIndex * kGroupColumns / 8, thread);
+    const uint4* const own_cells = cells + HeadsOnM::memory_index(group * kGroupColumns / 8, thread);
     // Cells on their way at once; as accumulators are done with, there is room for more.
     write_sum_part<0, 8>(item, own_cells, lses + HeadsOnM::pair_of(thread), lse, scale, launch, both);
     write_sum_part<8, 12>(item, own_cells, nullptr, lse, scale, launch, both);
@@ -449,20 +454,19 @@ struct Consumer {
   // This group's columns of row i of the thread in out; of no use if the row does not exist.
   __device__ __forceinline__ u16* out_row(const Item& item, u32 i) const {
     const i64 first_row = i64(item.sequence) * params.seq_len_q * params.num_heads;
-    return params.out + (first_row + shared.rows.out_row[row + 8 * i]) * kHeadDimV + kGroupIndex * kGroupColumns;
+    return params.out + (first_row + shared.rows.out_row[row + 8 * i]) * kHeadDimV + group * kGroupColumns;
   }
 
   __device__ __forceinline__ void write_lse(const Item& item, u32 i, float lse) const {
-    if (kGroupIndex != 0 || lane % 4 != 0 || shared.rows.out_row[row + 8 * i] < 0) return;
+    if (group != 0 || lane % 4 != 0 || shared.rows.out_row[row + 8 * i] < 0) return;
     const i64 first_row = i64(item.sequence) * params.seq_len_q * params.num_heads;
     params.lse[first_row + shared.rows.lse_row[row + 8 * i]] = lse * kLn2;
   }
 };
 
-template <u32 kGroupIndex>
 __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& params, const Block& block,
-                                        WorkerItems& items, const Merge& merge) {
-  Consumer<kGroupIndex> group(shared, params, block);
+                                        WorkerItems& items, const Merge& merge, u32 group_index) {
+  Consumer group(shared, params, block, group_index);
   await_first_query<kMerge>();
   Item item;
   u32 tiles_before = 0, num_items = 0;
@@ -472,17 +476,15 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
 #pragma unroll
     for (u32 i = 0; i < kGroupColumns / 2; ++i) group.out[i] = 0.f;
     wait_phase(shared_address(&shared.q_full), (num_items - 1) % 2);  // passes at the first item
-    if (item.num_tiles() == 0) {
+    const Tiles tiles(params, block, item, tiles_before);
+    if (tiles.count == 0) {
       group.release_q();
+    } else if (group_index == 0) {
+      group.attend_even(tiles);
     } else {
-      const Tiles tiles(params, block, item, tiles_before);
-      if constexpr (kGroupIndex == 0) {
-        group.attend_even(tiles);
-      } else {
-        group.attend_odd(tiles);
-      }
-      tiles_before += u32(item.num_tiles());
+      group.attend_odd(tiles);
     }
+    tiles_before += u32(tiles.count);
     group.write_item(item, num_items++ % 2, merge);
   }
 }
@@ -498,11 +500,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
   const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
 
   run_roles(shared, &kv_map, params, block, merge, [&](WorkerItems& items) {
-    // The shuffle tells the compiler that warps do not diverge here; without it, it serialises the WGMMAs.
-    if (__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) == 0) {
-      consume<0>(shared, params, block, items, merge);
-    } else {
-      consume<1>(shared, params, block, items, merge);
-    }
+    // The shuffle tells the compiler that warps do not diverge there; without it, it serialises the WGMMAs.
+    consume(shared, params, block, items, merge, __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0));
   });
 }
