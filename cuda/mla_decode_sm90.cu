@@ -25,8 +25,8 @@
 //   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory
 //   kGroup+g          named, 128     within group g
 //   kSums             named, 256     both groups: row sums of the item exchanged
-//   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; end of all
-//                                    items; merges of more than two splits
+//   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; merges of
+//                                    more than two splits
 //   merge.ready        1             herald -> both groups: who shares the worker's items
 //   merge.claimed[i]   1             herald -> both groups: which of two splits comes second (first item 0, last 1)
 //
@@ -49,14 +49,15 @@
 // stages, and the odd tile's is the one that the other group waits for. Not overlaid, it needs no barrier of its group:
 // with taking P_a before S_b is complete, +6 % at b=128, s_q=2, s_k=16K on an H100.
 //
-// What limits it (H100, b=128, h_q=128, s_q=2, s_k=16K): 1.9 GHz falls to 1.6 under the 700 W limit; in `make bench` a
-// tile takes 3380 cycles at 1.79 GHz, of which the tensor cores need 2176 (64 %). Traced in short bursts with clock
-// reads, about 5300 cycles a pair of tiles, of which the tensor cores need 4352. The loop of a stage is the longest
-// chain: its release until all parts have landed, 400 for the rest of QK^T, 700 for the softmax (next to the other
-// group's WGMMAs it issues at half its rate), then both halves of P V and their hand-over. At s_q=1 the pages come from
-// memory and not from L2; the prefetch takes most of that back. Traced, too: a call's first pair of tiles takes 5 to 10
-// us longer than later ones, because instructions that run for the first time come through the same busy memory as the
-// pages: short code pays. What was tried without gain stands in the CHANGELOG.
+// Both groups run one copy of what ends an item, and each the one loop of its tiles: instructions take part in the race.
+// With a copy a group, or a tail behind the even tiles' loop, everything is slower, -10 % at b=128, s_q=1, s_k=4K.
+//
+// What limits it (H100, b=128, h_q=128): @LIMITS@
+// The loop of a stage is the longest chain: its release until all parts have landed, 400 cycles for the rest of QK^T,
+// 700 for the softmax (next to the other group's WGMMAs it issues at half its rate), then both halves of P V and their
+// hand-over. At s_q=1 the pages come from memory and not from L2; the prefetch takes most of that back. A call's first
+// pair of tiles takes 5 to 10 us longer than later ones: instructions that run for the first time come through the same
+// busy memory as the pages. What was tried without gain stands in the CHANGELOG.
 #include "cells.cuh"
 #include "cluster.cuh"
 #include "epilogue.cuh"
@@ -104,7 +105,8 @@ using Merge = SplitMerge<Element, HeadsOnM, kConsumerThreads, kMerge>;
 
 // ---- consumers -----------------------------------------------------------------------------------------------------
 
-// One warpgroup: its half of O, its tiles' softmax. Step numbers are those of the schedule at the top.
+// One warpgroup: its half of O, its tiles' softmax. Step numbers are those of the schedule at the top. What belongs to
+// the tiles is compiled for each group, the rest for both.
 struct Consumer {
   SharedPlan& shared;
   const DecodeParams& params;
@@ -220,24 +222,23 @@ struct Consumer {
   // Most tiles leave the references of a whole warp as they were. No WGMMA may be in flight here: the compiler would
   // wait for all of them before ordinary instructions that write accumulators.
   __device__ __forceinline__ void rescale_out(const RowPair& factors) {
-    if (!__any_sync(0xffffffffu, factors.r[0] != 1.f || factors.r[1] != 1.f)) return;
+    if (__any_sync(0xffffffffu, factors.r[0] != 1.f || factors.r[1] != 1.f)) {
 #pragma unroll
-    for (u32 i = 0; i < kGroupColumns / 2; ++i) out[i] *= factors.r[(i / 2) % 2];
+      for (u32 i = 0; i < kGroupColumns / 2; ++i) out[i] *= factors.r[(i / 2) % 2];
+    }
   }
 
-  // The group's half of V.
-  template <u32 kGroupIndex>
+  // All of V of the own tile, for both groups: the peer comes to it after P.
   __device__ __forceinline__ void clear_past_end(const Tile& tile) {
-    const u32 v = shared_address(shared.kv[tile.stage][kGroupIndex * kGroupChunks]);
-    if (clear_tokens<kGroupChunks, kWarpgroupThreads>(v, tile.valid_tokens, thread)) {
-      bar_sync(kGroup + kGroupIndex, kWarpgroupThreads);
+    if (clear_tokens<kRopeChunk, kWarpgroupThreads>(shared_address(shared.kv[tile.stage]), tile.valid_tokens, thread)) {
+      bar_sync(kGroup + group, kWarpgroupThreads);
     }
   }
 
   // O += P V with P of the own tile, from registers.
   template <u32 kGroupIndex>
   __device__ __forceinline__ void start_own_out(const Tile& tile) {
-    clear_past_end<kGroupIndex>(tile);
+    clear_past_end(tile);
     const u64 v = n_major_descriptor(shared_address(shared.kv[tile.stage][kGroupIndex * kGroupChunks]));
     keep_order(out);
     wgmma_fence();
@@ -252,7 +253,6 @@ struct Consumer {
   // O += P V with P of the peer's tile, from shared memory.
   template <u32 kGroupIndex>
   __device__ __forceinline__ void start_peer_out(const Tile& tile) {
-    clear_past_end<kGroupIndex>(tile);
     const u64 p =
         k_major_descriptor(shared_address(kGroupIndex == 1 ? shared.kv[tile.stage][kRopeChunk] : shared.p_odd));
     const u64 v = n_major_descriptor(shared_address(shared.kv[tile.stage][kGroupIndex * kGroupChunks]));
@@ -274,25 +274,28 @@ struct Consumer {
     release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][kGroupIndex]));
   }
 
-  // Softmax and O update of an even tile, whose scores are complete.
-  __device__ __forceinline__ void attend_own(const Tile& even, bool is_first) {
-    rescale_out(own_softmax(even, is_first));  // 2
-    start_own_out<0>(even);                       // 3
-    publish_probabilities<0>(even);               // 4
-    finish_out();
-    release_half<0>(even);  // 5
-  }
-
   // Even tiles are this group's own. The tile of one pair is scored behind the O update of the pair before.
   __device__ __forceinline__ void attend_even(const Tiles& tiles) {
     start_scores<0, kParts>(tiles[0]);  // 1
     finish_scores();
-    i32 a = 0;
-    for (; a + 2 < tiles.count; a += 2) {
+#pragma unroll 1
+    for (i32 a = 0;; a += 2) {
       const Tile even = tiles[a], odd = tiles[a + 1], next = tiles[a + 2];
-      attend_own(even, a == 0);
+      const bool has_next = a + 2 < tiles.count;
+      if (!has_next) release_q();
+      rescale_out(own_softmax(even, a == 0));  // 2
+      start_own_out<0>(even);                  // 3
+      publish_probabilities<0>(even);          // 4
+      finish_out();
+      release_half<0>(even);  // 5
+      if (a + 1 >= tiles.count) break;
       rescale_out(take_probabilities(odd));
       start_peer_out<0>(odd);  // 6
+      if (!has_next) {
+        finish_out();
+        release_half<0>(odd);
+        break;
+      }
       // 1': one part keeps the tensor cores fed while the O update is awaited
       start_scores<0, 1>(next);
       wgmma_wait_group<1>();
@@ -300,16 +303,6 @@ struct Consumer {
       release_half<0>(odd);  // 8
       start_scores<1, kParts>(next);
       finish_scores();
-    }
-    release_q();
-    const Tile even = tiles[a];
-    attend_own(even, a == 0);
-    if (a + 1 < tiles.count) {
-      const Tile odd = tiles[a + 1];
-      rescale_out(take_probabilities(odd));
-      start_peer_out<0>(odd);
-      finish_out();
-      release_half<0>(odd);
     }
   }
 
@@ -323,7 +316,7 @@ struct Consumer {
       finish_scores();
       if (a + 3 >= tiles.count) release_q();
       rescale_out(peer_factors);
-      start_peer_out<1>(even);                             // 3
+      start_peer_out<1>(even);                          // 3
       const RowPair factors = own_softmax(odd, false);  // 4
       finish_out();
       release_half<1>(even);  // 5

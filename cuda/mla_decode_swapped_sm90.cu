@@ -24,8 +24,8 @@
 //                      a CTA         the latent columns in stage s
 //   kGroup+g          named, 128     within group g: maxima and P exchanged, results staged
 //   kStates           named, 256     both groups: halves of their states of the item exchanged; the exchange is free
-//   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; end of all
-//                                    items; merges of more than two splits
+//   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; merges of
+//                                    more than two splits
 //   merge.ready        1             herald -> both groups: who shares the worker's items
 //   merge.claimed[i]   1             herald -> both groups: which of two splits comes second (first item 0, last 1)
 //

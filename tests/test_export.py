@@ -264,7 +264,9 @@ def test_example_launches_what_python_launches(on_the_host, folder, shape, tmp_p
         "blocks_per_worker": shape_of.row_blocks,
         "page_size_log2": 6,
         "causal": 0,
-        "prefetch_tiles": 0 if shape_of.cluster_ctas == 1 else min(2, shape_of.row_blocks // shape_of.cluster_ctas),
+        "prefetch_tiles": 0
+        if shape_of.cluster_ctas == 1 or shape_of.tile_rows == 16
+        else min(2, shape_of.row_blocks // shape_of.cluster_ctas),
         "merge_patience_cycles": params.MERGE_PATIENCE_CYCLES if is_resident else 0,
         "softmax_scale_log2": np.float32(576**-0.5 * math.log2(math.e)),
     }

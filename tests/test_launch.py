@@ -155,10 +155,11 @@ def test_the_plans_kernel_is_launched(
         (KernelShape(64, 2, 2), 64, None, 1),
         (KernelShape(64, 2, 4), 256, None, 2),  # two clusters share the sequence
         (KernelShape(64, 2, 8), 128, None, 2),
-        (KernelShape(16, 2, 8), 64, None, 2),
         (KernelShape(64, 2, 4), 32, None, 0),  # a tile in several pages
         (KernelShape(64, 2, 4), 64, (1 << 20, 1152, 1152, 2), 2),  # layers interleaved by page
         (KernelShape(64, 2, 4), 64, (81920, 1280, 1280, 2), 0),  # rows with gaps
+        (KernelShape(16, 2, 8), 64, None, 0),  # few tiles a worker
+        (KernelShape(32, 2, 4), 64, None, 2),
     ],
 )
 def test_prefetch_wants_clusters_and_contiguous_tiles(
