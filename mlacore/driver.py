@@ -191,7 +191,12 @@ def _prefetch_tiles(kernel: KernelShape, kv_cache: Any) -> int:
     """
     row_bytes = kv_cache.shape[3] * kv_cache.dtype.itemsize
     is_contiguous = kv_cache.shape[2] == 1 and kv_cache.strides[1] == row_bytes
-    if not is_contiguous or kv_cache.shape[1] < params.TILE_TOKENS or kernel.cluster_ctas == 1 or kernel.tile_rows == 16:
+    if (
+        not is_contiguous
+        or kv_cache.shape[1] < params.TILE_TOKENS
+        or kernel.cluster_ctas == 1
+        or kernel.tile_rows == 16
+    ):
         return 0
     return min(2, kernel.row_blocks // kernel.cluster_ctas)
 
