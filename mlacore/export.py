@@ -191,8 +191,8 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
             "num_workers": "batch * max_splits",
             "dispatch": "as if tokens were unknown",
         },
-        "prefetch_tiles": f"0 if cluster_ctas is 1, tile_rows is 16, page_size < {params.TILE_TOKENS} or rows of a page "
-        "have gaps; else min(2, row_blocks / cluster_ctas)",
+        "prefetch_tiles": f"0 if cluster_ctas is 1, tile_rows is 16, page_size < {params.TILE_TOKENS} or rows of a "
+        "page have gaps; else min(2, row_blocks / cluster_ctas)",
         "merge_patience_cycles": f"{params.MERGE_PATIENCE_CYCLES} if cuOccupancyMaxActiveClusters * cluster_ctas CTAs "
         "hold the grid, else 0",
         "scratch": {
