@@ -253,7 +253,7 @@ __device__ __forceinline__ void st_shared_zero_16(u32 address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0u) : "memory");
 }
 
-// ---- arithmetic ("ex2.approx, lg2.approx, rcp.approx, cvt") --------------------------------------------------------------------
+// ---- arithmetic ("ex2.approx, lg2.approx, rcp.approx, cvt") --------------------------------------------------------
 
 __device__ __forceinline__ float ex2(float x) {
   float y;
