@@ -6,16 +6,19 @@ rows on N: few rows are not padded, states are small, code is short. Measured on
 =====================  =======  =======  =======
 heads, batch, tokens   16 rows  32 rows  64 rows
 =====================  =======  =======  =======
-16, b=1, 4K                9.1     10.1     11.2
-16, b=1, 128K             62.8     66.5     67.2
-16, b=128, 16K           792.9    803.4    805.3
-32 (s_q=2), b=32, 8K     121.4    118.5    120.1
-128, b=1, 1K               8.5     11.1     13.0
-128, b=1, 4K              13.6     14.1     17.2
-128, b=4, 4K              27.7     23.9     29.5
-128, b=16, 1K             25.1     24.4     30.1
-128, b=1, 32K             43.9     34.6     39.7
-128, b=1, 128K             147       95       83
+16, b=1, 4K                8.5      9.9     10.1
+16, b=1, 128K             58.1     58.9     60.0
+16, b=128, 16K           786.7    791.4    798.3
+32 (s_q=2), b=32, 8K     112.2    113.7    112.2
+128, b=1, 1K               8.2     10.4     11.1
+128, b=1, 4K              12.0     13.2     15.9
+128, b=1, 8K              16.2     17.2     19.1
+128, b=4, 4K              26.2     23.0     24.2
+128, b=16, 1K             23.9     22.7     25.0
+128, b=1, 32K                      33.2     32.8
+128, b=8, 4K                       35.8     33.3
+128, b=1, 64K                      52.6     48.8
+128, b=1, 128K                       94       76
 =====================  =======  =======  =======
 
 With more than 32 rows the swapped kernel works in clusters of two CTAs, which multicast every tile to each other;
@@ -31,7 +34,7 @@ from dataclasses import dataclass
 from mlacore.params import TILE_ROWS
 
 FEW_TOKENS_16_ROWS = 8192  # tokens of a batch up to which CTAs of 16 rows are fastest for more than 32 rows
-FEW_TOKENS_32_ROWS = 65536
+FEW_TOKENS_32_ROWS = 24576
 MAX_CLUSTER_ROWS = 128
 
 
