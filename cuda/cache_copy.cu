@@ -16,7 +16,8 @@ extern "C" __global__ void __launch_bounds__(kCopyThreads) cache_copy(const __gr
   uint4* __restrict__ target = reinterpret_cast<uint4*>(base + to * params.pool_stride_page);
   const i64 num_cells = params.page_elems / kCellElems;
 #pragma unroll 4
-  for (i64 cell = i64(blockIdx.y) * kCopyThreads + threadIdx.x; cell < num_cells; cell += i64(gridDim.y) * kCopyThreads) {
+  for (i64 cell = i64(blockIdx.y) * kCopyThreads + threadIdx.x; cell < num_cells;
+       cell += i64(gridDim.y) * kCopyThreads) {
     target[cell] = source[cell];
   }
 }

@@ -13,7 +13,8 @@ __device__ __forceinline__ void enter_cluster() {
   }
 }
 
-// By one whole warp: it is done with a stage, which every CTA of the cluster loads a part of. `empty` is this CTA's barrier.
+// By one whole warp: it is done with a stage, of which every CTA of the cluster loads a part. `empty` is this CTA's own
+// barrier.
 template <u32 kClusterCtas>
 __device__ __forceinline__ void release_stage(u32 empty) {
   const u32 lane = threadIdx.x % kWarpThreads;

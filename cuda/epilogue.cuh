@@ -21,8 +21,8 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4]) {
 
 // Row i, times `scale`, in 16-bit elements. All lanes take part in the shuffles; only those of an existing row store.
 template <typename Element, u32 kElements>
-__device__ __forceinline__ void store_row_16bit(u16* destination, const float (&fragment)[kElements], u32 i, float scale,
-                                                bool exists) {
+__device__ __forceinline__ void store_row_16bit(u16* destination, const float (&fragment)[kElements], u32 i,
+                                                float scale, bool exists) {
   destination += threadIdx.x % 4 * 8;
 #pragma unroll
   for (u32 j = 0; j < kElements / 4; j += 4) {

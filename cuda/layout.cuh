@@ -1,8 +1,8 @@
 // Where an element of a tile lies in shared memory, and the WGMMA descriptors that say so to the tensor core.
 //
-// Every operand is cut into chunks of 64 rows x 64 columns of 16-bit elements: 128 bytes a row, 8 KB a chunk, aligned to
-// 1024 bytes, in the 128-byte swizzle that TMA writes and WGMMA reads. Within each group of 8 rows the 16-byte cell of
-// row r, column cell c sits at cell c ^ (r % 8) of that row:
+// Every operand is cut into chunks of 64 rows x 64 columns of 16-bit elements: 128 bytes a row, 8 KB a chunk, aligned
+// to 1024 bytes, in the 128-byte swizzle that TMA writes and WGMMA reads. Within each group of 8 rows the 16-byte cell
+// of row r, column cell c sits at cell c ^ (r % 8) of that row:
 //
 //   row 0:  0 1 2 3 4 5 6 7        row 2:  2 3 0 1 6 7 4 5
 //   row 1:  1 0 3 2 5 4 7 6        row 7:  7 6 5 4 3 2 1 0

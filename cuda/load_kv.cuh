@@ -7,8 +7,8 @@
 constexpr u32 kTileTokensLog2 = 6;
 static_assert(kTileTokens == 1 << kTileTokensLog2, "");
 
-// Where the pages of a worker's tiles lie. A unit is what a TMA box may cover at most: a page, or a tile of a larger one.
-// A lane holds the page id of one unit, so that one load brings those of 32 units and none waits for its own.
+// Where the pages of a worker's tiles lie. A unit is what a TMA box may cover at most: a page, or a tile of a larger
+// one. A lane holds the page id of one unit, so that one load brings those of 32 units and none waits for its own.
 class PageIds {
  public:
   __device__ __forceinline__ PageIds(const DecodeParams& params)
@@ -53,9 +53,9 @@ __device__ __forceinline__ void load_box(u32 destination, const TensorMap* map, 
 // which the stage is empty. Of a cluster, each CTA loads a share of the rows and multicasts them to all, a chunk at a
 // time. (Two CTAs that load columns of all rows need fewer boxes, too: no faster at s_q=2, and at s_q=1 2 % slower once
 // the power limit rules; b=128, h_q=128, 16K on an H100.) A stage is handed back in two halves of its latent columns.
-// The first part lies in the first half, the last one (P may lie in its rope chunk, until the second half is free) needs
-// the second, the one between them both. A page id outside the pool, or past the table's end, reads as zeros: TMA does
-// not leave the tensor.
+// The first part lies in the first half, the last one (P may lie in its rope chunk, until the second half is free)
+// needs the second, the one between them both. A page id outside the pool, or past the table's end, reads as zeros:
+// TMA does not leave the tensor.
 template <u32 kClusterCtas, u32 kStages, u32 kChunks, u32 kParts, u32 kHalves, u32 kChunkElems>
 __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems], u64 (&kv_full)[kStages][kParts],
                                         u64 (&kv_empty)[kStages][kHalves], const TensorMap* kv_map,

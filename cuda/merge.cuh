@@ -8,8 +8,8 @@
 //
 // Two splits: the worker that comes first leaves its state in memory and goes on. The other adds it to its own, in
 // registers, and writes the result. Who is first is settled a little before the items end, so that few wait for it.
-// The state that never was in memory is rounded as if it had been, and sums and products are rounded alike whoever comes
-// last.
+// The state that never was in memory is rounded as if it had been, and sums and products are rounded alike whoever
+// comes last.
 //
 // More splits: every worker writes its state to memory, and when it has no items left merges its own slice of the rows
 // and columns, in split order. Before, it gives the other splits `merge_patience_cycles` to start; if they have not

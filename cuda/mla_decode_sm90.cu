@@ -25,8 +25,8 @@
 //   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory
 //   kGroup+g          named, 128     within group g
 //   kSums             named, 256     both groups: row sums of the item exchanged
-//   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; merges of
-//                                    more than two splits
+//   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; merges
+//                                    of more than two splits
 //   merge.ready        1             herald -> both groups: who shares the worker's items
 //   merge.claimed[i]   1             herald -> both groups: which of two splits comes second (first item 0, last 1)
 //
@@ -49,18 +49,19 @@
 // stages, and the odd tile's is the one that the other group waits for. Not overlaid, it needs no barrier of its group:
 // with taking P_a before S_b is complete, +6 % at b=128, s_q=2, s_k=16K on an H100.
 //
-// Both groups run one copy of what ends an item, and each the one loop of its tiles: instructions take part in the race.
-// With a copy a group, or a tail behind the even tiles' loop, everything is slower, -10 % at b=128, s_q=1, s_k=4K.
+// Both groups run one copy of what ends an item, and each the one loop of its tiles: instructions take part in the
+// race. With a copy a group, or a tail behind the even tiles' loop, everything is slower, -10 % at b=128, s_q=1,
+// s_k=4K.
 //
 // What limits it (H100, b=128, h_q=128): power. In `make bench` (2026-11-22) a tile takes 2716 cycles at s_q=2, s_k=16K
 // and 2537 at 32K, of which the tensor cores need 2176 (80 and 86 %), but at 1.4 to 1.5 GHz: the 700 W limit is reached
 // in every case from 4K on, and a matrix product and a load-only kernel together take more energy than a call does. At
 // s_q=1, 16K it is 2825 cycles at 1.4 GHz and 82 % of what loading alone takes. Below the limit, the loop of a stage is
-// the longest chain: its release until all parts have landed, 400 cycles for the rest of QK^T, 700 for the softmax (next
-// to the other group's WGMMAs it issues at half its rate), then both halves of P V and their hand-over. At s_q=1 the
-// pages come from memory and not from L2; the prefetch takes most of that back. A call's first pair of tiles takes 5 to
-// 10 us longer than later ones: instructions that run for the first time come through the same busy memory as the pages.
-// What was tried without gain stands in the CHANGELOG.
+// the longest chain: its release until all parts have landed, 400 cycles for the rest of QK^T, 700 for the softmax
+// (next to the other group's WGMMAs it issues at half its rate), then both halves of P V and their hand-over. At s_q=1
+// the pages come from memory and not from L2; the prefetch takes most of that back. A call's first pair of tiles takes
+// 5 to 10 us longer than later ones: instructions that run for the first time come through the same busy memory as the
+// pages. What was tried without gain stands in the CHANGELOG.
 #include "cells.cuh"
 #include "cluster.cuh"
 #include "epilogue.cuh"

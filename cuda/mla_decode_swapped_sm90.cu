@@ -20,12 +20,12 @@
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
 //   q_empty            8 (warps)     both groups -> Q loaders: the group's last K Q^T of the item has read Q
 //   kv_full[s][p]      1 + bytes     TMA -> owner of the tile: part p of the tile in stage s has landed
-//   kv_empty[s][h]     4 (warps)     owner of the tile in every CTA of the cluster -> TMA: O += V^T P has read half h of
-//                      a CTA         the latent columns in stage s
+//   kv_empty[s][h]     4 (warps)     owner of the tile in every CTA of the cluster -> TMA: O += V^T P has read half h
+//                      a CTA         of the latent columns in stage s
 //   kGroup+g          named, 128     within group g: maxima and P exchanged, results staged
 //   kStates           named, 256     both groups: halves of their states of the item exchanged; the exchange is free
-//   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; merges of
-//                                    more than two splits
+//   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; merges
+//                                    of more than two splits
 //   merge.ready        1             herald -> both groups: who shares the worker's items
 //   merge.claimed[i]   1             herald -> both groups: which of two splits comes second (first item 0, last 1)
 //
@@ -332,8 +332,8 @@ struct Consumer {
     first_chunk = group * kOwnChunks;
   }
 
-  // Of an item with at most one tile, group 0 has all. It writes its columns in two halves, move_to_second_half() between
-  // them.
+  // Of an item with at most one tile, group 0 has all. It writes its columns in two halves, move_to_second_half()
+  // between them.
   __device__ __forceinline__ void stay_alone() {
     barrier_cta_sync(kStates, kConsumerThreads);  // what was in the exchange before has been read
     if (group != 0) return;

@@ -1,6 +1,6 @@
 // Computes the split schedule (schedule.cuh) from device lengths: which worker begins where, and which workers share
-// each sequence. One block; a thread takes a run of sequences, of one while there are enough threads. Nothing depends on
-// the lengths but the values written, so that a CUDA graph can replay it after lengths have changed.
+// each sequence. One block; a thread takes a run of sequences, of one while there are enough threads. Nothing depends
+// on the lengths but the values written, so that a CUDA graph can replay it after lengths have changed.
 #include "params.cuh"
 #include "schedule.cuh"
 

@@ -17,8 +17,8 @@ struct RingPosition {
   }
 };
 
-// Bounds a loop that waits. In debug builds ("-DMLA_WATCHDOG" added to mlacore.jit.FLAGS) a hang of some seconds becomes
-// a fault.
+// Bounds a loop that waits. In debug builds ("-DMLA_WATCHDOG" added to mlacore.jit.FLAGS) a hang of some seconds
+// becomes a fault.
 class Watchdog {
  public:
   __device__ __forceinline__ void turn() {
@@ -40,15 +40,16 @@ __device__ __forceinline__ void wait_phase(u32 barrier, u32 parity) {
   while (!mbarrier_try_wait_parity(barrier, parity)) watchdog.turn();
 }
 
-// P is zero for tokens past the end, but 0 * NaN is not: `kThreads` threads clear those rows of kChunks chunks of V from
-// address `v` on. True if there are such rows; the threads then have to meet before V is multiplied.
+// P is zero for tokens past the end, but 0 * NaN is not: `kThreads` threads clear those rows of kChunks chunks of V
+// from address `v` on. True if there are such rows; the threads then have to meet before V is multiplied.
 template <u32 kChunks, u32 kThreads>
 __device__ __forceinline__ bool clear_tokens(u32 v, i32 valid_tokens, u32 thread) {
   if (valid_tokens >= i32(kChunkRows)) return false;
   constexpr u32 kCellsPerToken = kChunks * kCellsPerRow;
   for (u32 i = thread; i < (kChunkRows - u32(valid_tokens)) * kCellsPerToken; i += kThreads) {
     const u32 token = u32(valid_tokens) + i / kCellsPerToken, cell = i % kCellsPerToken;
-    st_shared_zero_16(v + cell / kCellsPerRow * kChunkBytes + token * kChunkRowBytes + cell % kCellsPerRow * kCellBytes);
+    st_shared_zero_16(v + cell / kCellsPerRow * kChunkBytes + token * kChunkRowBytes +
+                      cell % kCellsPerRow * kCellBytes);
   }
   fence_proxy_async();
   return true;

@@ -83,7 +83,7 @@ __device__ __forceinline__ void bar_arrive(u32 id, u32 threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- clusters ("barrier.cluster", "Special Registers: %cluster_ctarank") ---------------------------------------------
+// ---- clusters ("barrier.cluster", "Special Registers: %cluster_ctarank") --------------------------------------------
 
 __device__ __forceinline__ u32 cluster_ctarank() {
   u32 rank;
@@ -91,10 +91,12 @@ __device__ __forceinline__ u32 cluster_ctarank() {
   return rank;
 }
 
-__device__ __forceinline__ void barrier_cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void barrier_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-// ---- global memory that CTAs share ("ld, st, atom: Memory Consistency Model") ------------------------------------------
+// ---- global memory that CTAs share ("ld, st, atom: Memory Consistency Model") ---------------------------------------
 
 __device__ __forceinline__ u32 ld_relaxed_gpu(const u32* address) {
   u32 value;
@@ -244,8 +246,8 @@ __device__ __forceinline__ void stmatrix_x4(u32 address, u32 r0, u32 r1, u32 r2,
 
 // The same with every matrix transposed: the addresses are those of its columns.
 __device__ __forceinline__ void stmatrix_x4_trans(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0), "r"(r1),
-               "r"(r2), "r"(r3)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0),
+               "r"(r1), "r"(r2), "r"(r3)
                : "memory");
 }
 

@@ -1,5 +1,5 @@
-// What both decode kernels make of a CTA: two groups of consumers, beside them a warp that loads K tiles, and three that
-// load Q. How it starts, what the loaders do, how it ends; the kernels bring the consumers.
+// What both decode kernels make of a CTA: two groups of consumers, beside them a warp that loads K tiles, and three
+// that load Q. How it starts, what the loaders do, how it ends; the kernels bring the consumers.
 #pragma once
 #include "cluster.cuh"
 #include "layout.cuh"

@@ -5,7 +5,8 @@
 //
 // packed   a span is the sequence's tiles and an item cost more, which is what another item costs a worker (prologue,
 //          epilogue, merge). Stretches balance tiles + cost * (items - 1) within one tile.
-// aligned  a span is a whole number of stretches: no worker has more than one item. Taken where stretches get no longer.
+// aligned  a span is a whole number of stretches: no worker has more than one item. Taken where stretches get no
+//          longer.
 //
 // Positions fit 32 bits, which divide several times faster than 64: of a longer sequence than kMaxPlannedTiles over the
 // batch's size, the rest is left to its last worker. Garbage lengths must not wrap around and send a write outside the

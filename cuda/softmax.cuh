@@ -54,12 +54,13 @@ __device__ __forceinline__ bool needs_new_reference(const RowPair& tile_sum, con
 
 // The row maxima (scaled) over what the old references stand for and these scores.
 __device__ __forceinline__ RowPair new_reference(const RowPair& top, const RowPair& reference, float scale_log2) {
-  return {fmaxf(reference.r[0], quad_max(top.r[0]) * scale_log2), fmaxf(reference.r[1], quad_max(top.r[1]) * scale_log2)};
+  return {fmaxf(reference.r[0], quad_max(top.r[0]) * scale_log2),
+          fmaxf(reference.r[1], quad_max(top.r[1]) * scale_log2)};
 }
 
-// What a row's sum of probabilities stands for: the base-2 log-sum-exp of its scores, and what makes them weights. A row
-// that sees no key has sum 0, and reference -inf or 0. (log2f would take 30 instructions a row, one after another, and a
-// branch; lg2 is off by as much as rounding the result.)
+// What a row's sum of probabilities stands for: the base-2 log-sum-exp of its scores, and what makes them weights. A
+// row that sees no key has sum 0, and reference -inf or 0. (log2f would take 30 instructions a row, one after another,
+// and a branch; lg2 is off by as much as rounding the result.)
 __device__ __forceinline__ float log_sum_exp(float reference, float sum) { return reference + lg2(sum); }
 __device__ __forceinline__ float inverse_sum(float sum) {
   const float inverse = rcp(sum);
