@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA = 2  # of the JSON that `bench.decode` writes
-READABLE = (1, 2)  # 1: contenders one after another, matrix rate in a burst, neither clocks nor power
 TILE_CYCLES = 2176  # tensor cycles of 64 rows by 64 tokens: QKᵀ 1152 and PV 1024, at 2048 multiply-adds a cycle and SM
 TILE_ROWS = 64
 MANY_ROWS = "compute + tp h=64"  # the group of every case with 64 query rows or more at large batch

@@ -172,10 +172,9 @@ def hardware_line(result: Result) -> str:
             notes.append(f"{watts:.0f} W")
         how = f"{rate:.0f} TFLOP/s ({', '.join(notes)})"
     commit = f", commit {result['commit']}" if result.get("commit") else ""
-    older = "" if result["schema"] > 1 else " An older bench: one contender after another, matrix product in a burst."
     return (
         f"**{gpu['name']}**, driver {gpu['driver']}, {result['when'][:10]}{commit}; in the same run: "
-        f"read {ceilings['read_gbs']:.0f} GB/s, matrix product {how}.{older}"
+        f"read {ceilings['read_gbs']:.0f} GB/s, matrix product {how}."
     )
 
 
@@ -255,7 +254,7 @@ def newest_results(folder: Path) -> list[Result]:
     newest: dict[str, Result] = {}
     for path in folder.glob("*.json"):
         result = json.loads(path.read_text())
-        if not isinstance(result, dict) or result.get("schema") not in figures.READABLE:
+        if not isinstance(result, dict) or result.get("schema") != figures.SCHEMA:
             continue
         name = result["gpu"]["name"]
         if name not in newest or result["when"] > newest[name]["when"]:

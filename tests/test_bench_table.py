@@ -46,10 +46,10 @@ def row(kind: str, batch: int, num_heads: int, seq_len_k: int, us: float, floor_
 
 
 @pytest.fixture
-def old_result() -> dict:
-    """As schema 1 wrote it."""
+def bare_result() -> dict:
+    """Without NVML, and nothing but the cases."""
     return {
-        "schema": 1,
+        "schema": figures.SCHEMA,
         "when": "2026-03-04T05:06:07+00:00",
         "gpu": {"name": "NVIDIA H100 80GB HBM3", "slug": "nvidia-h100-80gb-hbm3", "driver": "580.1"},
         "ceilings": {"read_gbs": 3071.0, "gemm_tflops": 754.0, "gemm_label": "torch 8192³ bfloat16"},
@@ -62,9 +62,9 @@ def old_result() -> dict:
 
 
 @pytest.fixture
-def result(old_result) -> dict:
-    """The same as it is written today."""
-    new = copy.deepcopy(old_result) | {"schema": 2}
+def result(bare_result) -> dict:
+    """The same with all that is measured by default."""
+    new = copy.deepcopy(bare_result)
     new["gpu"] |= {"num_sms": 132}
     new["ceilings"] |= {"gemm_burst_tflops": 798.0, "gemm_sm_mhz": 1500.0, "gemm_watts": 699.6}
     for one, tiles in zip(new["rows"], (20_000, 16, 128), strict=True):
@@ -203,14 +203,14 @@ def test_full_table_holds_rates_share_cycles_and_ratios(result):
     assert third[-2:] == ["–", "–"]
 
 
-def test_energy_table(weighed, old_result):
+def test_energy_table(weighed, bare_result):
     assert table.energy_lines(weighed) == [
         ["case", "µs", "W", "mJ", "FA3 mJ (×)", "product + loads, µs at the limit"],
         ["b=128 s_q=1 h=128 4K var", "400.0", "650", "260", "325 (1.25)", "300.0"],
     ]
     assert "power at rest 100 W, limit 700 W" in table.rewrite(README, [weighed])
     assert "325 (1.25)" in table.plain(weighed)
-    assert "Energy of a call" not in table.rewrite(README, [old_result])
+    assert "Energy of a call" not in table.rewrite(README, [bare_result])
 
 
 def test_batch_invariant_time_stands_beside_ours(result):
@@ -221,8 +221,8 @@ def test_batch_invariant_time_stands_beside_ours(result):
     assert [row[column] for row in rows] == ["–", "15.0 (1.20)", "–"]
 
 
-def test_columns_without_a_figure_are_left_out(old_result):
-    titles = table.full_lines(old_result)[0]
+def test_columns_without_a_figure_are_left_out(bare_result):
+    titles = table.full_lines(bare_result)[0]
     assert titles[6:] == ["share of floor", "FlashMLA µs (×)", "FA3 µs (×)"]
 
 
@@ -241,11 +241,11 @@ def test_plain_text_of_no_rows_is_a_line_of_titles(result):
     assert table.plain(result | {"rows": [], "host": [], "routes": []}).startswith("kind")
 
 
-def test_routes_are_published_where_they_were_measured(result, old_result):
+def test_routes_are_published_where_they_were_measured(result, bare_result):
     parts = table.full(result, None)
     at = parts.index("One call by each route, µs:")
     assert parts[at + 1].splitlines()[2:] == ["| CuPy arrays | 5.1 |", "| in jax.jit | 12.0 |"]
-    assert "One call by each route, µs:" not in table.full(old_result, None)
+    assert "One call by each route, µs:" not in table.full(bare_result, None)
 
 
 def test_headline_sets_the_gpus_side_by_side(both):
@@ -272,9 +272,9 @@ def test_lead_line_is_generated(result):
     assert table.lead_line(result | {"rows": result["rows"][2:]}, "H100") == ""
 
 
-def test_hardware_line_has_both_matrix_rates(result, old_result):
+def test_hardware_line_has_both_matrix_rates(result, bare_result):
     assert "754 TFLOP/s (torch 8192³ bfloat16, in a burst 798, 1500 MHz, 700 W)." in table.hardware_line(result)
-    assert "(torch 8192³ bfloat16). An older bench" in table.hardware_line(old_result)
+    assert "754 TFLOP/s (torch 8192³ bfloat16)." in table.hardware_line(bare_result)
     result["ceilings"] = {"read_gbs": 1.0, "gemm_tflops": None, "gemm_label": "not measured: no cuBLAS"}
     assert table.hardware_line(result).endswith("matrix product not measured: no cuBLAS.")
 
@@ -297,10 +297,9 @@ def test_rewrite_replaces_what_is_between_the_markers_and_only_that(both):
         assert len({line.count("|") for line in block.splitlines() if line.startswith("|")}) <= 1
 
 
-def test_rewrite_still_shows_an_old_result(old_result):
-    text = table.rewrite(README, [old_result])
+def test_rewrite_shows_a_bare_result(bare_result):
+    text = table.rewrite(README, [bare_result])
     assert "400.0" in text
-    assert "An older bench" in text
     assert "Beside the kernel" not in text
 
 
@@ -325,7 +324,7 @@ def test_newest_result_of_each_gpu_wins(result, tmp_path):
     later, other, unknown = (copy.deepcopy(result) for _ in range(3))
     later["when"] = "2026-03-05T00:00:00+00:00"
     other["gpu"]["name"] = "NVIDIA A-later-name"
-    unknown |= {"when": "2027-01-01T00:00:00+00:00", "schema": max(figures.READABLE) + 1}
+    unknown |= {"when": "2027-01-01T00:00:00+00:00", "schema": figures.SCHEMA + 1}
     files = {"a": later, "b": result, "c": other, "d": unknown, "e": ["no result"], "f": {"rows": []}}
     for name, one in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(one))

@@ -132,3 +132,13 @@ def test_docs_hold_every_public_name(tmp_path):
 def test_linters_are_clean(arguments):
     pytest.importorskip(arguments[0], reason="needs the test extra")
     run(sys.executable, "-m", *arguments)
+
+
+def test_cuda_sources_keep_to_the_line_length():
+    long = [
+        f"{path.name}:{number}"
+        for path in sorted((ROOT / "cuda").iterdir())
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert long == []
