@@ -26,11 +26,6 @@ __device__ __forceinline__ float4 unpack_cell(const uint4& cell) {
   return {__uint_as_float(cell.x & ~0xffu), __uint_as_float(cell.y & ~0xffu), __uint_as_float(cell.z & ~0xffu),
           __uint_as_float(last & ~0xffu)};
 }
-// Each value's last byte is another's, which is no further from the truth than zeros. Half the instructions.
-__device__ __forceinline__ float4 unpack_cell_roughly(const uint4& cell) {
-  const u32 last = __byte_perm(__byte_perm(cell.x, cell.y, 0x0400), cell.z, 0x4210);
-  return {__uint_as_float(cell.x), __uint_as_float(cell.y), __uint_as_float(cell.z), __uint_as_float(last)};
-}
 __device__ __forceinline__ uint4 pack_lse(float first_row, float second_row, u32 launch) {
   return {__float_as_uint(first_row), __float_as_uint(second_row), 0, launch};
 }

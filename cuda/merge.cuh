@@ -449,7 +449,7 @@ class SplitMerge {
         const float2 lse = unpack_lse(lses[i]), weight = {ex2(lse.x - base.x), ex2(lse.y - base.y)};
         state.total = {state.total.x + weight.x, state.total.y + weight.y};
 #pragma unroll
-        for (u32 c = 0; c < kUnitCells; ++c) state.add(c, weight, unpack_cell_roughly(cells[i][c]));
+        for (u32 c = 0; c < kUnitCells; ++c) state.add(c, weight, unpack_cell(cells[i][c]));
       }
     }
     return state;

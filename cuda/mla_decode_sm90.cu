@@ -22,7 +22,8 @@
 //   kv_full[s][p]      1 + bytes     TMA -> owner of the tile: part p of the tile in stage s has landed
 //   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: it has done O += P V of its half of
 //                      a CTA         stage s, and all else that it does with the stage
-//   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory
+//   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory,
+//                                    and all of V past the sequence's end is cleared
 //   kGroup+g          named, 128     within group g
 //   kSums             named, 256     both groups: row sums of the item exchanged
 //   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; merges
@@ -49,9 +50,8 @@
 // stages, and the odd tile's is the one that the other group waits for. Not overlaid, it needs no barrier of its group:
 // with taking P_a before S_b is complete, +6 % at b=128, s_q=2, s_k=16K on an H100.
 //
-// Both groups run one copy of what ends an item, and each the one loop of its tiles: instructions take part in the
-// race. With a copy a group, or a tail behind the even tiles' loop, everything is slower, -10 % at b=128, s_q=1,
-// s_k=4K.
+// Both groups run one copy of what ends an item, and the even tiles have no tail behind their loop: instructions take
+// part in the race. With a copy a group and a tail it was 10 % slower at b=128, s_q=1, s_k=4K.
 //
 // What limits it (H100, b=128, h_q=128): power. In `make bench` (2026-11-22) a tile takes 2716 cycles at s_q=2, s_k=16K
 // and 2537 at 32K, of which the tensor cores need 2176 (80 and 86 %), but at 1.4 to 1.5 GHz: the 700 W limit is reached

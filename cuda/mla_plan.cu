@@ -13,7 +13,8 @@ constexpr i32 kInvariantSplitTiles = MLA_INVARIANT_SPLIT_TILES;
 constexpr i32 kMaxPlannedTiles = MLA_MAX_PLANNED_TILES;
 static_assert(kItemCostTiles >= 1, "positions of sequences must differ, empty ones included");
 
-// Loops are not unrolled: most run once or never, and instructions are slow to come the first time.
+// Loops over sequences and workers are not unrolled: most run once or never, and instructions are slow to come the
+// first time.
 
 // Lengths from the least conceivable stretch to the packed one: with no more sequences than workers, the item costs
 // lengthen a stretch by kItemCostTiles at most.

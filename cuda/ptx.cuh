@@ -59,7 +59,7 @@ __device__ __forceinline__ void bar_sync(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The unaligned form, for a barrier that both groups wait at in their own copies of the code: compute-sanitizer's
+// The unaligned form, for a barrier at which both groups wait, each perhaps in code of its own: compute-sanitizer's
 // synccheck takes the aligned one there for divergence. Costs 2 to 3 % where it stands in the loop over tiles.
 __device__ __forceinline__ void barrier_cta_sync(u32 id, u32 threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

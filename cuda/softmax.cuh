@@ -59,8 +59,8 @@ __device__ __forceinline__ RowPair new_reference(const RowPair& top, const RowPa
 }
 
 // What a row's sum of probabilities stands for: the base-2 log-sum-exp of its scores, and what makes them weights. A
-// row that sees no key has sum 0, and reference -inf or 0. (log2f would take 30 instructions a row, one after another,
-// and a branch; lg2 is off by as much as rounding the result.)
+// row that sees no key has sum 0, and reference -inf. (log2f would take 30 instructions a row, one after another,
+// and a branch; lg2 is off by 2^-22 of its result at most, or of 1.)
 __device__ __forceinline__ float log_sum_exp(float reference, float sum) { return reference + lg2(sum); }
 __device__ __forceinline__ float inverse_sum(float sum) {
   const float inverse = rcp(sum);

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mlacore import jit, params
 from mlacore.plan import schedule
 
-THREADS = 64  # two warps, so that larger batches take several rounds
+THREADS = 64  # two warps, so that a thread takes several sequences of larger batches
 
 SHIM = r"""
 #include <barrier>
