@@ -40,7 +40,7 @@ def measure(torch: Any, stream: Any, budget: Budget, meter: Meter | None = None)
         **_gemm_rates(torch, stream, budget, meter),
         "empty_us": round(time_replays(empty_replay, len(empty), stream, budget).us, 3),
         "limit_watts": meter.limit_watts() if meter else None,
-        "rest_watts": at_rest.watts if at_rest else None,
+        "rest_watts": at_rest.as_json()["watts"] if at_rest else None,
     }
 
 

@@ -27,7 +27,7 @@ from cases import PERF, Case
 import mlacore
 from bench import ceilings, energy, environment, host, table
 from bench.check import Reference, check, references, relative_l2
-from bench.figures import LONG, SCHEMA, TILE_ROWS, Result, Row
+from bench.figures import LONG, SCHEMA, Result, Row, has_many_rows
 from bench.inputs import Inputs, Stock
 from bench.nvml import Meter, open_meter
 from bench.peers import Peer, Peers
@@ -82,15 +82,13 @@ class Bench:
             update = functools.partial(plan.update, inputs.cache_seqlens, stream=self.stream)
             planning = time_replays(capture([update] * 100, self.stream), 100, self.stream, QUICK)
             eager_us = host_us(calls[0], self.stream, max(5, min(50, int(20_000 / timings["mlacore"].us))))
-        best: dict[str, dict[str, Any]] = {}
+        fastest: dict[str, str] = {}  # variant of each peer
         for variant, facts in peers.items():
-            timing = timings[variant].as_json() | facts
-            name = facts["name"]
-            if name not in best or timing["us"] < best[name]["us"]:
-                best[name] = timing
+            so_far = fastest.setdefault(facts["name"], variant)
+            if timings[variant].us < timings[so_far].us:
+                fastest[facts["name"]] = variant
         spent = {}
         if self.meter and _is_weighed(case):
-            fastest = {name: f"{name} {facts['variant']}" for name, facts in best.items()}
             replays = {"load only": apart["load only"], "mlacore": graphs["mlacore"]}
             replays |= {name: graphs[variant] for name, variant in fastest.items()}
             with self.watch.phase("energy"):
@@ -124,7 +122,7 @@ class Bench:
             "host_us": round(eager_us, 2),
             "plan": planning.as_json(),
             "error": errors,
-            "peers": best,
+            "peers": {name: timings[variant].as_json() | peers[variant] for name, variant in fastest.items()},
             "left_out": left_out,
         }
 
@@ -180,12 +178,12 @@ def our_calls(
 
 def _is_timed_batch_invariant(case: Case) -> bool:
     """Where its scratch memory, a state for each split, stays in the low gigabytes."""
-    return case.kind in ("latency", "few", "mtp") or (case.kind in ("compute", "tp") and case.seq_len_k <= 16384)
+    return case.kind in ("latency", "few", "mtp") or (case.kind in ("compute", "tp") and case.seq_len_k <= LONG)
 
 
 def _is_weighed(case: Case) -> bool:
     """Whose energy is measured: long cases that run at the power limit."""
-    return (case.kind == "compute" or (case.kind == "tp" and case.num_heads == TILE_ROWS)) and case.seq_len_k == LONG
+    return has_many_rows(case.kind, case.num_heads) and case.seq_len_k == LONG
 
 
 def _cycle(calls: Sequence[Callable[[], Any]], count: int) -> list[Callable[[], Any]]:

@@ -7,28 +7,25 @@ each alone takes most of the power there is, or all. How fast it can go is then 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from bench.nvml import Meter
-from bench.timing import Replay
+from bench.timing import Figures, Replay
 
 SECONDS = 0.8  # of replays that count: eight steps of the counter
 SETTLE_SECONDS = 0.3
+LIMIT_SECONDS = 5  # after which the counter is taken to stand still
 REPLAYS = 8  # queued at a time, the next ones before they are done: the GPU does not pause
 
 
 @dataclass(frozen=True, slots=True)
-class Energy:
+class Energy(Figures):
     """Mean time, power and energy of a call, replayed without pause."""
 
     us: float
     watts: float
     millijoules: float
-
-    def as_json(self) -> dict[str, float]:
-        """A dictionary of rounded figures."""
-        return {name: round(value, 3) for name, value in asdict(self).items()}
 
 
 def measure(replay: Replay, num_calls: int, stream: Any, meter: Meter) -> Energy | None:
@@ -39,7 +36,7 @@ def measure(replay: Replay, num_calls: int, stream: Any, meter: Meter) -> Energy
     before = meter.joules()
     first: tuple[float, float, Any] | None = None
     calls, earlier = 0, None
-    while before is not None:
+    while before is not None and time.perf_counter() < begin + LIMIT_SECONDS:
         for _ in range(REPLAYS):
             replay()
         done = cupy.cuda.Event()

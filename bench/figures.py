@@ -114,11 +114,15 @@ class Summary:
     share: Spread
 
 
+def has_many_rows(kind: str, num_heads: int) -> bool:
+    """Whether a case of this kind belongs to the group MANY_ROWS."""
+    return kind == "compute" or (kind == "tp" and num_heads == TILE_ROWS)
+
+
 def summarise(rows: Sequence[Row]) -> list[Summary]:
     """One summary a kind; beside it short and long cases apart where they differ most."""
     groups = {kind: [row for row in rows if row["kind"] == kind] for kind in dict.fromkeys(row["kind"] for row in rows)}
-    many = [row for row in rows if row["kind"] == "compute" or (row["kind"] == "tp" and row["num_heads"] == TILE_ROWS)]
-    groups[MANY_ROWS] = many
+    groups[MANY_ROWS] = [row for row in rows if has_many_rows(row["kind"], row["num_heads"])]
     for name in (MANY_ROWS, "few"):
         members = groups.get(name, [])
         groups[f"{name}, below 16K"] = [row for row in members if row["seq_len_k"] < LONG]

@@ -85,16 +85,18 @@ def summary_lines(result: Result) -> Lines:
 
 
 def energy_lines(result: Result) -> Lines:
-    """Energy of a call, where it was measured; titles alone where it was not."""
+    """Energy of a call, where it was measured; nothing where it never was."""
     rows = [row for row in result["rows"] if row.get("energy", {}).get("mlacore")]
+    if not rows:
+        return []
     names = [name for name in figures.peer_names(rows) if any(name in row["energy"] for row in rows)]
     lines = [["case", "µs", "W", "mJ", *(f"{name} mJ (×)" for name in names), "product + loads, µs at the limit"]]
     for row in rows:
         ours, bound = row["energy"]["mlacore"], figures.energy_us(row, result["ceilings"])
-        cells = [_us(ours["us"]), f"{ours['watts']:.0f}", f"{ours['millijoules']:.0f}"]
+        cells = [_us(ours["us"]), _whole(ours["watts"]), _whole(ours["millijoules"])]
         for name in names:
             theirs = row["energy"].get(name, {}).get("millijoules")
-            cells.append(f"{theirs:.0f} ({theirs / ours['millijoules']:.2f})" if theirs else "–")
+            cells.append(f"{_whole(theirs)} ({theirs / ours['millijoules']:.2f})" if theirs else "–")
         lines.append([label(row), *cells, _us(bound) if bound else "–"])
     return lines
 
@@ -152,7 +154,7 @@ def markdown(lines: Lines, num_words: int = 2) -> str:
 def plain(result: Result) -> str:
     """Everything in one result, for a terminal."""
     parts = [full_lines(result)] + ([summary_lines(result)] if result["rows"] else [])
-    parts += [lines] if len(lines := energy_lines(result)) > 1 else []
+    parts += [lines] if (lines := energy_lines(result)) else []
     parts += [host_lines(result["host"])] if result.get("host") else []
     parts += [route_lines(result["routes"])] if result.get("routes") else []
     return "\n\n".join(map(align, parts))
@@ -204,7 +206,7 @@ def full(result: Result, plot: Path | None, *, has_host: bool = True) -> list[st
     parts = [hardware_line(result)]
     if result["rows"]:
         parts.append(markdown(summary_lines(result), num_words=1))
-    if len(lines := energy_lines(result)) > 1:
+    if lines := energy_lines(result):
         rest, limit = (result["ceilings"].get(name) for name in ("rest_watts", "limit_watts"))
         parts += [
             f"Energy of a call, replayed without pause; power at rest {_whole(rest)} W, limit {_whole(limit)} W:",

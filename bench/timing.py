@@ -11,13 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from bench.nvml import Reading
+from bench.nvml import Meter, Reading
 
 METER_PAUSE_SECONDS = 0.005  # between readings, or ten times what the last one took if that is longer
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class Figures:
+    """What was measured, by name; None if unknown."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A dictionary of rounded figures."""
+        return {name: None if value is None else round(value, 3) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Timing(Figures):
     """Time of one call in µs: median over replays, and the 10th and 90th percentile around it. Beside it the medians of
     SM clock and power while it ran, None if unknown."""
 
@@ -27,10 +36,6 @@ class Timing:
     replays: int
     sm_mhz: float | None = None
     watts: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """A dictionary of rounded figures."""
-        return {name: None if value is None else round(value, 3) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,6 @@ class Budget:
 QUICK = Budget(rounds=1, seconds=0.03, min_replays=3, max_replays=10, settle_seconds=0)
 
 Replay = Callable[[], Any]
-Meter = Callable[[], Reading]
 
 
 def capture(calls: Sequence[Callable[[], Any]], stream: Any) -> Replay:

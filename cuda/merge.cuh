@@ -352,9 +352,9 @@ class SplitMerge {
     const i32 warp = i32(threadIdx.x / kWarpThreads);
     i32 parts_log2 = 0;
     while ((2 << parts_log2) * (end - begin) <= kWarps && 2 << parts_log2 <= num_splits) ++parts_log2;
-    const i32 parts = 1 << parts_log2, part = warp & (parts - 1), first_unit = begin + (warp >> parts_log2);
+    const i32 parts = 1 << parts_log2, part = warp & (parts - 1);
     const i32 splits_per_part = (num_splits + parts - 1) >> parts_log2, first_split = part * splits_per_part;
-    i32 unit = first_unit;
+    i32 unit = begin + (warp >> parts_log2);
 #pragma unroll 1
     do {  // once, if there are several parts
       const bool has_unit = unit < end;

@@ -226,10 +226,9 @@ struct Consumer {
   // Most tiles leave the references of a whole warp as they were. No WGMMA may be in flight here: the compiler would
   // wait for all of them before ordinary instructions that write accumulators.
   __device__ __forceinline__ void rescale_out(const RowPair& factors) {
-    if (__any_sync(0xffffffffu, factors.r[0] != 1.f || factors.r[1] != 1.f)) {
+    if (!__any_sync(0xffffffffu, factors.r[0] != 1.f || factors.r[1] != 1.f)) return;
 #pragma unroll
-      for (u32 i = 0; i < kGroupColumns / 2; ++i) out[i] *= factors.r[(i / 2) % 2];
-    }
+    for (u32 i = 0; i < kGroupColumns / 2; ++i) out[i] *= factors.r[(i / 2) % 2];
   }
 
   // All of V of the own tile, for both groups: the peer comes to it after P.

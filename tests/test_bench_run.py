@@ -455,6 +455,20 @@ def test_energy_is_taken_between_two_steps_of_the_counter(monkeypatch):
     assert energy.measure(replay, 2, Stream(), PretendedMeter(counts=False)) is None
 
 
+def test_a_counter_that_stands_still_is_given_up(monkeypatch):
+    clock = _clocked(monkeypatch)
+
+    class Still(PretendedMeter):
+        def joules(self):
+            return 1.0 if clock["s"] < 1 else None  # and then it is gone
+
+    def replay() -> None:
+        clock["s"] += 1e-2
+
+    assert energy.measure(replay, 2, Stream(), Still()) is None
+    assert energy.LIMIT_SECONDS <= clock["s"] < energy.LIMIT_SECONDS + 1
+
+
 def test_long_cases_of_many_rows_are_weighed():
     weighed = [case for case in PERF if decode._is_weighed(case)]
     assert {(case.kind, case.num_heads * case.seq_len_q) for case in weighed} == {
