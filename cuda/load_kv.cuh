@@ -1,5 +1,6 @@
 // The producer warp: tiles of the paged cache into the ring of stages, by TMA.
 #pragma once
+#include "cluster.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
 #include "work.cuh"
@@ -74,6 +75,7 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
   // needed again: +3 % at b=128, h_q=16, s_k=4K on an H100.
   const u64 policy = params.row_blocks == 1 ? createpolicy_evict_first() : createpolicy_evict_normal();
   pages.load(items.first_sequence(), items.first_tile());  // on its way while the length is
+  await_start<kClusterCtas>();
   bool is_loaded = true;
   Item item;
   while (items.next(item)) {

@@ -63,9 +63,26 @@ enum Standing : u32 {
   kAbandons
 };
 
+// What a split merges: a stretch of its block's units. Where there are fewer than warps, several share one, each for a
+// part of the splits.
+struct Slice {
+  i32 begin_unit;
+  i32 end_unit;
+  i32 parts_log2;
+};
+
+// What a worker merges of the sequence that an item belongs to.
+struct MergeTask {
+  SplitGroup group;
+  Slice slice;
+  bool is_of_first;  // item, or of the last one
+  u32 standing;      // when this was asked for
+};
+
 // What one worker keeps in shared memory for its merges.
 struct MergeShared {
   SplitGroup groups[2];  // of the first item, of the last one
+  Slice slices[2];       // its own, of more than two splits
   u32 is_second[2];      // of these items, if one of two splits: the other split has claimed before
   u32 standing[2];
   u32 launch;            // number that this launch's cells carry
@@ -130,6 +147,7 @@ class SplitMerge {
       group = SplitGroup(params_, lane == 0 ? items.first_sequence() : items.last_sequence());
     }
     if (lane < 2) shared_.groups[lane] = group;
+    if (group.is_many()) shared_.slices[lane] = slice_of(group, block_.worker - group.first_worker);
     if (lane == 0) shared_.launch = launch + 1;
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared_address(&shared_.ready));
@@ -187,7 +205,7 @@ class SplitMerge {
     while (ld_relaxed_gpu(counter(group)) != 0) {
       watchdog.turn();
       __nanosleep(50);
-      if (ld_acquire_shared(shared_address(&shared_.items_done)) == 0) continue;
+      if (ld_relaxed_shared(shared_address(&shared_.items_done)) == 0) continue;
       if (done_at == 0) done_at = clock64();
       if (clock64() - done_at < params_.merge_patience_cycles) continue;
       // The split that starts last looks at this flag after it has counted itself: if it did so before the flag was
@@ -235,15 +253,24 @@ class SplitMerge {
     return reinterpret_cast<uint4*>(params_.partial_lse) + index_of_block(params_, block_, slot) * Cells::kRowPairs;
   }
 
+  // What run() needs to know of the last item. Better asked for before that is written: what reads shared memory waits
+  // behind the stores before it, 500 cycles for 16 rows.
+  __device__ __forceinline__ MergeTask task(bool is_first) const {
+    const u32 i = is_first ? 0 : 1;
+    return {shared_.groups[i], shared_.slices[i], is_first, standing(i)};
+  }
+
   // ---- the consumers, when they have no items left ----
 
-  // Merges the worker's slices of the sequences that it shares with more than one other.
-  __device__ __forceinline__ void run() const {
-    if (threadIdx.x == 0) st_release_shared(shared_address(&shared_.items_done), 1);
-    await_groups();
+  // Merges the worker's slices of the sequences that it shares with more than one other: the last item's, then, if that
+  // is another, the first one's.
+  __device__ __forceinline__ void run(MergeTask next) const {
+    if (threadIdx.x == 0) st_relaxed_shared(shared_address(&shared_.items_done), 1);  // orders nothing
 #pragma unroll 1
-    for (u32 i = 0; i < 2; ++i) {
-      if (shared_.groups[i].is_many()) merge_group(i, shared_.groups[i]);
+    while (true) {
+      if (next.group.is_many()) merge(next);
+      if (next.is_of_first) break;
+      next = task(true);
     }
   }
 
@@ -252,6 +279,7 @@ class SplitMerge {
   static constexpr u32 kUnitCells = Cells::kUnitCells;
   // Splits of which a lane loads its cells at once: a merge waits on L2, not on arithmetic.
   static constexpr i32 kBatch = kUnitCells == 1 ? 8 : 4;
+  static constexpr i32 kPartBatch = kUnitCells == 1 ? 4 : 2;  // parts that are added up at once
 
   // A lane's cells of some splits, added up relative to `top`, the largest of their log-sum-exps.
   struct alignas(16) State {
@@ -280,6 +308,12 @@ class SplitMerge {
   };
   static_assert(sizeof(State) <= 96, "more than the scratch has for a thread");
 
+  // Where the two rows of a unit go: null for one that does not exist, and lse for all lanes but one.
+  struct Place {
+    u16* out[2];
+    float* lse[2];
+  };
+
   const DecodeParams& params_;
   const Block& block_;
   MergeShared& shared_;
@@ -305,21 +339,24 @@ class SplitMerge {
   }
 
   // This worker's slice, and what it inherits.
-  __device__ __forceinline__ void merge_group(u32 i, const SplitGroup& group) const {
-    u32 known;
+  __device__ __forceinline__ void merge(const MergeTask& task) const {
+    const SplitGroup& group = task.group;
+    u32 known = task.standing;
     Watchdog watchdog;
-    do {
+    while (known == kUnknown) {
       watchdog.turn();
-      known = standing(i);
-    } while (known == kUnknown);
+      known = standing(task.is_of_first ? 0 : 1);
+    }
     if (known == kAbandons) return;
-    i32 split = block_.worker - group.first_worker, next = 0;
+    Slice slice = task.slice;
+    i32 split = 0;
 #pragma unroll 1
-    do {
-      merge_slice(group, split);
-      split = known == kInherits ? next_abandoned(group, next) : group.num_splits;
-      next = split + 1;
-    } while (split < group.num_splits);
+    while (true) {
+      merge_slice(group, slice);
+      split = known == kInherits ? next_abandoned(group, split) : group.num_splits;
+      if (split >= group.num_splits) break;
+      slice = slice_of(group, split++);
+    }
   }
 
   // The first abandoned slice from `split` on, which is then this worker's; the number of splits if there is none.
@@ -341,96 +378,100 @@ class SplitMerge {
     return shared_.next_split;
   }
 
-  // A split's slice: a stretch of this block's units. Where there are fewer than warps, several share one, each for a
-  // part of the splits.
-  __device__ __forceinline__ void merge_slice(const SplitGroup& group, i32 split) const {
-    const i32 rows = params_.seq_len_q * params_.heads_per_kv - block_.row_block * i32(Cells::kRows);
-    const i32 units = Cells::units(max(0, min(rows, i32(Cells::kRows)))), num_splits = group.num_splits;
-    // 32 bits, without signs, and powers of two below: this is done when everything else is.
-    const i32 begin = i32(u32(split * units) / u32(num_splits)), end = i32(u32((split + 1) * units) / u32(num_splits));
-    if (begin == end) return;
-    const i32 warp = i32(threadIdx.x / kWarpThreads);
-    i32 parts_log2 = 0;
-    while ((2 << parts_log2) * (end - begin) <= kWarps && 2 << parts_log2 <= num_splits) ++parts_log2;
-    const i32 parts = 1 << parts_log2, part = warp & (parts - 1);
+  __device__ __forceinline__ Slice slice_of(const SplitGroup& group, i32 split) const {
+    const i32 units = Cells::units(max(0, min(block_.num_rows(params_), i32(Cells::kRows))));
+    const i32 num_splits = group.num_splits;
+    Slice slice = {i32(u32(split * units) / u32(num_splits)), i32(u32((split + 1) * units) / u32(num_splits)), 0};
+    const i32 own_units = slice.end_unit - slice.begin_unit;
+#pragma unroll 1
+    for (i32 parts = 2; parts * own_units <= kWarps && parts <= num_splits && parts <= kWarps; parts *= 2) {
+      ++slice.parts_log2;
+    }
+    return slice;
+  }
+
+  __device__ __forceinline__ void merge_slice(const SplitGroup& group, const Slice& slice) const {
+    const i32 end = slice.end_unit, parts_log2 = slice.parts_log2, num_splits = group.num_splits;
+    if (slice.begin_unit == end) return;
+    const i32 warp = i32(threadIdx.x / kWarpThreads), parts = 1 << parts_log2, part = warp & (parts - 1);
     const i32 splits_per_part = (num_splits + parts - 1) >> parts_log2, first_split = part * splits_per_part;
-    i32 unit = begin + (warp >> parts_log2);
+    i32 unit = slice.begin_unit + (warp >> parts_log2);
 #pragma unroll 1
     do {  // once, if there are several parts
       const bool has_unit = unit < end;
       State state;
-      if (has_unit) state = sum_of_splits(group, unit, first_split, min(first_split + splits_per_part, num_splits));
+      Place place;
+      if (has_unit) {
+        state = sum_of_splits(group, unit, first_split, min(first_split + splits_per_part, num_splits), place);
+      }
       if (parts > 1) {
         barrier_cta_sync(kBarrier, kThreads);  // nobody uses the scratch any more
         if (has_unit) scratch_[threadIdx.x] = state;
         barrier_cta_sync(kBarrier, kThreads);
         if (has_unit && part == 0) state = sum_of_parts(parts);
       }
-      if (has_unit && part == 0) write(group, unit, state);
+      if (has_unit && part == 0) write(unit, state, place);
       unit += kWarps >> parts_log2;
     } while (unit < end && parts == 1);
   }
 
-  // Of splits [begin, end), once their cells are there.
-  __device__ __forceinline__ State sum_of_splits(const SplitGroup& group, i32 unit, i32 begin, i32 end) const {
+  __device__ __forceinline__ static const uint4* bytes_after(const uint4* from, u32 count, u32 bytes) {
+    return reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(from) + u64(count) * bytes);
+  }
+
+  // Of splits [begin, end), once their cells are there. Meanwhile it finds out where the result goes.
+  __device__ __forceinline__ State sum_of_splits(const SplitGroup& group, i32 unit, i32 begin, i32 end,
+                                                 Place& place) const {
     const Cells at(unit);
-    const bool exists = rows_.out_row[at.first_row()] >= 0;
-    const u32 launch = shared_.launch;
-    // From one split to the next it is two slots, but for the first, which may be its worker's last item. Where there
-    // are fewer splits than a batch has, the last one stands in, without weight.
-    const u64 blocks = params_.blocks_per_worker, first_slot = group.slot(0) % 2;
-    const uint4* lse_cell = partial_lses(2 * group.first_worker) + at.pair();
-    const uint4* cell = partial_cells(2 * group.first_worker) + at.memory_index();
-    const u64 lse_step = 2 * blocks * Cells::kRowPairs, cell_step = 2 * blocks * Cells::kCells;
-    lse_cell += u64(begin) * lse_step;
-    cell += u64(begin) * cell_step;
-    if (begin == 0) {
-      lse_cell += first_slot * blocks * Cells::kRowPairs;
-      cell += first_slot * blocks * Cells::kCells;
-    }
+    const bool exists = i32(at.first_row()) < block_.num_rows(params_);
+    // From one split to the next it is two slots, but for the first, which may be its worker's last item. A slot has
+    // less than 2^32 bytes: mlacore/plan.py limits the rows.
+    const u32 lse_slot = u32(params_.blocks_per_worker) * Cells::kRowPairs * kCellBytes;
+    const u32 slot = u32(params_.blocks_per_worker) * Cells::kCells * kCellBytes;
+    const uint4* const first_lse_cell = partial_lses(2 * group.first_worker) + at.pair();
+    const uint4* const first_cell = partial_cells(2 * group.first_worker) + at.memory_index();
+    const u32 first_is_odd = group.first_begins_worker ? 0 : 1;
     State state = {{}, {}, {-infinity(), -infinity()}};
 #pragma unroll 1
     for (i32 first = begin; first < end; first += kBatch) {
+      const uint4 *lse_cell[kBatch], *cell[kBatch];
       uint4 lses[kBatch], cells[kBatch][kUnitCells];
-      const uint4 *next_lse_cell, *next_cell;
-      // All at once at first. If something is missing, the few cells of the row pairs are polled: they come last.
-      bool takes_all = true, is_there;
+#pragma unroll
+      for (i32 i = 0; i < kBatch; ++i) {
+        // Where there are fewer splits than a batch has, the last one stands in, without weight.
+        const u32 split = u32(min(first + i, end - 1)), slots = 2 * split + (split == 0 ? first_is_odd : 0);
+        lse_cell[i] = bytes_after(first_lse_cell, slots, lse_slot);
+        cell[i] = bytes_after(first_cell, slots, slot);
+      }
+#pragma unroll
+      for (i32 i = 0; i < kBatch; ++i) {
+        lses[i] = ld_relaxed_gpu_16(lse_cell[i]);
+#pragma unroll
+        for (u32 c = 0; c < kUnitCells; ++c) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * Cells::kCellStride);
+      }
+      if (first == begin) place = place_of(group, at);
+      const u32 launch = shared_.launch;
       Watchdog watchdog;
-      do {
-        watchdog.turn();
-        is_there = true;
-        next_lse_cell = lse_cell;
-        next_cell = cell;
-#pragma unroll
-        for (i32 i = 0; i < kBatch; ++i) {
-          lses[i] = ld_relaxed_gpu_16(next_lse_cell);
-          if (takes_all) {
-#pragma unroll
-            for (u32 c = 0; c < kUnitCells; ++c) cells[i][c] = ld_relaxed_gpu_16(next_cell + c * Cells::kCellStride);
-          }
-          if (first + i + 1 >= end) continue;
-          next_lse_cell += lse_step;
-          next_cell += cell_step;
-          if (i == 0 && first == 0) {
-            next_lse_cell -= first_slot * blocks * Cells::kRowPairs;
-            next_cell -= first_slot * blocks * Cells::kCells;
-          }
-        }
+#pragma unroll 1
+      while (true) {
+        bool is_there = true;
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
           is_there = is_there && lses[i].w == launch;
-          if (takes_all) {
 #pragma unroll
-            for (u32 c = 0; c < kUnitCells; ++c) is_there = is_there && cells[i][c].w == launch;
+          for (u32 c = 0; c < kUnitCells; ++c) is_there = is_there && cells[i][c].w == launch;
+        }
+        if (__all_sync(0xffffffffu, is_there || !exists)) break;
+        watchdog.turn();
+#pragma unroll
+        for (i32 i = 0; i < kBatch; ++i) {
+          if (lses[i].w != launch) lses[i] = ld_relaxed_gpu_16(lse_cell[i]);
+#pragma unroll
+          for (u32 c = 0; c < kUnitCells; ++c) {
+            if (cells[i][c].w != launch) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * Cells::kCellStride);
           }
         }
-        is_there = __all_sync(0xffffffffu, is_there || !exists);
-        const bool has_cells = is_there && takes_all;
-        takes_all = is_there;
-        is_there = has_cells;
-      } while (!is_there);
-      lse_cell = next_lse_cell;
-      cell = next_cell;
+      }
 #pragma unroll
       for (i32 i = 0; i < kBatch; ++i) {
         if (first + i >= end || !exists) lses[i] = pack_lse(-infinity(), -infinity(), launch);
@@ -457,37 +498,52 @@ class SplitMerge {
 
   // Of the parts that this warp and those after it have put into the scratch.
   __device__ __forceinline__ State sum_of_parts(i32 parts) const {
-    State merged = scratch_[threadIdx.x];
+    State merged = {{}, {}, {-infinity(), -infinity()}};
 #pragma unroll 1
-    for (i32 part = 1; part < parts; ++part) {
-      const State& other = scratch_[threadIdx.x + u32(part) * kWarpThreads];
-      const float2 old_top = merged.top, other_top = other.top, base = merged.raise(other_top);
-      const float2 weight = {ex2(other_top.x - base.x), ex2(other_top.y - base.y)};
-      merged.scale({ex2(old_top.x - base.x), ex2(old_top.y - base.y)});
-      merged.total = {merged.total.x + weight.x * other.total.x, merged.total.y + weight.y * other.total.y};
+    for (i32 first = 0; first < parts; first += kPartBatch) {
+      State others[kPartBatch];
+      float2 top = {-infinity(), -infinity()};
 #pragma unroll
-      for (u32 c = 0; c < kUnitCells; ++c) merged.add(c, weight, other.sum[c]);
+      for (i32 i = 0; i < kPartBatch; ++i) {
+        others[i] = scratch_[threadIdx.x + u32(min(first + i, parts - 1)) * kWarpThreads];
+        top = {fmaxf(top.x, others[i].top.x), fmaxf(top.y, others[i].top.y)};
+      }
+      const float2 old_top = merged.top, base = merged.raise(top);
+      merged.scale({ex2(old_top.x - base.x), ex2(old_top.y - base.y)});
+#pragma unroll
+      for (i32 i = 0; i < kPartBatch; ++i) {
+        if (first + i >= parts) others[i].top = {-infinity(), -infinity()};
+        const float2 weight = {ex2(others[i].top.x - base.x), ex2(others[i].top.y - base.y)};
+        merged.total = {merged.total.x + weight.x * others[i].total.x, merged.total.y + weight.y * others[i].total.y};
+#pragma unroll
+        for (u32 c = 0; c < kUnitCells; ++c) merged.add(c, weight, others[i].sum[c]);
+      }
     }
     return merged;
   }
 
-  // A unit of out, and lse once for each row.
-  __device__ __forceinline__ void write(const SplitGroup& group, i32 unit, const State& state) const {
-    const Cells at(unit);
-    const i64 first_row = i64(group.sequence) * params_.seq_len_q * params_.num_heads;
+  __device__ __forceinline__ Place place_of(const SplitGroup& group, const Cells& at) const {
+    const i64 first_row = first_row_of(params_, group.sequence);
     const u32 row[2] = {at.first_row(), at.second_row()};
-    const float total[2] = {state.total.x, state.total.y}, top[2] = {state.top.x, state.top.y};
-    u16* rows[2];
-    float scale[2];
+    Place place;
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
       const i32 out_row = rows_.out_row[row[i]];
-      rows[i] = out_row < 0 ? nullptr : params_.out + (first_row + out_row) * kHeadDimV;
-      scale[i] = inverse_sum(total[i]);
-      if (at.has_first_column() && out_row >= 0) {
-        params_.lse[first_row + rows_.lse_row[row[i]]] = log_sum_exp(top[i], total[i]) * kLn2;
-      }
+      place.out[i] = out_row < 0 ? nullptr : params_.out + (first_row + out_row) * kHeadDimV;
+      place.lse[i] = out_row < 0 || !at.has_first_column() ? nullptr : params_.lse + first_row + rows_.lse_row[row[i]];
     }
-    at.template store<Element>(rows, state.sum, scale);
+    return place;
+  }
+
+  // A unit of out, and lse once for each row.
+  __device__ __forceinline__ void write(i32 unit, const State& state, const Place& place) const {
+    const float total[2] = {state.total.x, state.total.y}, top[2] = {state.top.x, state.top.y};
+    float scale[2];
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      scale[i] = inverse_sum(total[i]);
+      if (place.lse[i] != nullptr) *place.lse[i] = log_sum_exp(top[i], total[i]) * kLn2;
+    }
+    Cells(unit).template store<Element>(place.out, state.sum, scale);
   }
 };

@@ -116,8 +116,9 @@ struct Consumer {
   const DecodeParams& params;
   const Block& block;
   const u32 group;
-  const u32 thread = threadIdx.x % kWarpgroupThreads;
-  const u32 lane = threadIdx.x % kWarpThreads;
+  // By a shuffle, so that it stays in its register: the compiler would read threadIdx.x again within the loops (1 %).
+  const u32 thread = __shfl_sync(0xffffffffu, threadIdx.x, threadIdx.x % kWarpThreads) % kWarpgroupThreads;
+  const u32 lane = thread % kWarpThreads;
   const u32 row = fragment_row(thread);
 
   float out[kGroupColumns / 2];  // O fragment: 64 x 256 over 128 threads
@@ -274,7 +275,7 @@ struct Consumer {
 
   template <u32 kGroupIndex>
   __device__ __forceinline__ void release_half(const Tile& tile) {
-    release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][kGroupIndex]));
+    release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][kGroupIndex]), lane);
   }
 
   // Even tiles are this group's own. The tile of one pair is scored behind the O update of the pair before.
@@ -341,7 +342,6 @@ struct Consumer {
 
   // Row sums over both groups' tiles; then out and lse, or a partial state when the sequence is split.
   __device__ __forceinline__ void write_item(const Item& item, u32 item_parity, const Merge& merge) {
-    merge.await_groups();
     const bool is_split = merge.is_split(item);
     float (&sums)[kConsumerGroups][kTileRows] = shared.row_sum[item_parity];
 #pragma unroll
@@ -449,13 +449,13 @@ struct Consumer {
 
   // This group's columns of row i of the thread in out; of no use if the row does not exist.
   __device__ __forceinline__ u16* out_row(const Item& item, u32 i) const {
-    const i64 first_row = i64(item.sequence) * params.seq_len_q * params.num_heads;
+    const i64 first_row = first_row_of(params, item.sequence);
     return params.out + (first_row + shared.rows.out_row[row + 8 * i]) * kHeadDimV + group * kGroupColumns;
   }
 
   __device__ __forceinline__ void write_lse(const Item& item, u32 i, float lse) const {
     if (group != 0 || lane % 4 != 0 || shared.rows.out_row[row + 8 * i] < 0) return;
-    const i64 first_row = i64(item.sequence) * params.seq_len_q * params.num_heads;
+    const i64 first_row = first_row_of(params, item.sequence);
     params.lse[first_row + shared.rows.lse_row[row + 8 * i]] = lse * kLn2;
   }
 };
@@ -463,10 +463,11 @@ struct Consumer {
 __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& params, const Block& block,
                                         WorkerItems& items, const Merge& merge, u32 group_index) {
   Consumer group(shared, params, block, group_index);
-  await_first_query<kMerge>();
   Item item;
   u32 tiles_before = 0, num_items = 0;
-  while (items.next(item)) {
+  items.next(item);  // the length is on its way while Q is
+  await_first_query<kMerge>();
+  do {
     group.reference = {-infinity(), -infinity()};
     group.sum = {0.f, 0.f};
 #pragma unroll
@@ -481,8 +482,10 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
       group.attend_odd(tiles);
     }
     tiles_before += u32(tiles.count);
+    merge.await_groups();
     group.write_item(item, num_items++ % 2, merge);
-  }
+  } while (items.next(item));
+  merge.run(merge.task(num_items == 1));
 }
 
 // ---- kernel --------------------------------------------------------------------------------------------------------

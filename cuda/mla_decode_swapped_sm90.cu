@@ -11,34 +11,43 @@
 // The partial states stay small, and L2 has half as much to deliver.
 //
 // Roles (384 threads):
-//   warpgroup 0   224 registers  even tiles of an item, all of O; then columns   0-255 of both groups' sum
-//   warpgroup 1   224 registers  odd tiles of an item, all of O;  then columns 256-511 of both groups' sum
+//   warpgroup 0   224 registers  one half of K Q^T's reduction, softmax of half of the rows, columns   0-255 of O
+//   warpgroup 1   224 registers  the other half,                the other rows,              columns 256-511 of O
 //   warp 8         56 registers  TMA loads of K tiles (V is the same bytes)
 //   warps 9-11     56 registers  Q of the next item; warp 9 is the herald of merge.cuh as well
 //
 // Barriers:
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
-//   q_empty            8 (warps)     both groups -> Q loaders: the group's last K Q^T of the item has read Q
-//   kv_full[s][p]      1 + bytes     TMA -> owner of the tile: part p of the tile in stage s has landed
-//   kv_empty[s][h]     4 (warps)     owner of the tile in every CTA of the cluster -> TMA: O += V^T P has read half h
-//                      a CTA         of the latent columns in stage s
-//   kGroup+g          named, 128     within group g: maxima and P exchanged, results staged
-//   kStates           named, 256     both groups: halves of their states of the item exchanged; the exchange is free
+//   q_empty            8 (warps)     both groups -> Q loaders: the last K Q^T of the item has read Q
+//   kv_full[s][p]      1 + bytes     TMA -> both groups: part p of the tile in stage s has landed
+//   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: O += V^T P has read its half of the
+//                      a CTA         latent columns in stage s (and both groups' K Q^T all of the stage, before P)
+//   kGroup+g          named, 128     within group g: row maxima exchanged
+//   kScores           named, 256     both groups: halves of K Q^T exchanged; P of the tile before has been read
+//   kProbabilities    named, 256     both groups: P is complete, V past the end is cleared, what was exchanged has been
+//                                    read; and a vote: has some P outgrown its reference
+//   kSums             named, 256     both groups: row sums of the item exchanged
 //   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; merges
 //                                    of more than two splits
 //   merge.ready        1             herald -> both groups: who shares the worker's items
 //   merge.claimed[i]   1             herald -> both groups: which of two splits comes second (first item 0, last 1)
 //
-// Schedule of a tile (each group for itself; the two take turns at the matrix units):
-//   1  S^T = K Q^T, part by part as they land
-//   2  softmax: P = exp2(S^T - reference), to shared memory as [row][token]. The reference of a row is its maximum over
+// Schedule of a tile, by both groups together:
+//   1  K Q^T over half of each part's columns, as the parts land
+//   2  give the other group its rows' half, add up the own rows' halves: S^T
+//   3  softmax: P = exp2(S^T - reference), to shared memory as [row][token]. The reference of a row is its maximum over
 //      the first tile and moves only when some P outgrows its slack: then maxima are taken again and O is rescaled
-//   3  O += V^T P
-//   4  release the stage, half by half
+//   4  O += V^T P, half of the latent columns
+//   5  release that half of the stage
 //
-// A row's scores lie across the warps of a group, so its sum is collected once, at the end of an item. Then the groups
-// exchange halves of their O, so that each ends up with half of the item's columns, and writes them. (With 16 rows and
-// no more than one tile, group 0 does not share: the exchange would take longer.)
+// So a tile is done with in half the time that one group would take, and its stage is soon free; at the end both groups
+// hold half of the item's columns, to be written. Before (each group took every other tile, and the groups exchanged
+// halves of O at the end) it took 7 % longer at b=1, h_q=16, 4K. Row sums are collected under the last O += V^T P.
+//
+// What limits it (H100, 2026-11-22): at large batch, memory. In a cluster of two with 32 rows a tile takes 2650 cycles:
+// 1030 for 1 and 690 for 4, which shared memory cannot do in less than 860 and 770, 310 for 2 and 600 for 3. A call of
+// one tile a worker (b=1, h_q=16, 4K, 7.6 us): 0.7 us between launches, 1.9 until the tile has landed, 1.4 for it and
+// its sums, 0.4 to write the state, 2 to merge.
 #include "cells.cuh"
 #include "cluster.cuh"
 #include "layout.cuh"
@@ -52,31 +61,33 @@
 using Element = MLA_ELEMENT;
 using Cells = HeadsOnN<kTileRows>;
 
-constexpr u32 kLatentChunks = kHeadDimV / kChunkColumns;
-constexpr u32 kRowChunkBytes = kTileRows * kChunkRowBytes;  // 64 columns of all query rows
 constexpr u32 kRowGroups = kTileRows / 8;
-constexpr u32 kAccumulators = kTileRows / 2;                // a thread's share of 64 x kTileRows
-constexpr u32 kThreadRows = kTileRows / 4;                  // query rows that a thread holds scores of
-constexpr u32 kHalfChunks = kLatentChunks / kHalves;
-constexpr u32 kOwnChunks = kLatentChunks / kConsumerGroups;  // that a group has of an item's state in the end
-constexpr u32 kExchangeChunks = kTileRows == 16 ? 4 : 2;    // chunks of O that a group gives away at once
-constexpr bool kMayStayAlone = kTileRows == 16;             // with 32 rows it would spill
-constexpr u32 kOutPitchBytes = kHeadDimV * 2 + kCellBytes;  // of a row of `exchange.out`: 8 rows hit different banks
+constexpr u32 kOwnRows = kTileRows / kConsumerGroups;  // whose softmax a group does
+constexpr u32 kOwnRowGroups = kOwnRows / 8;
+constexpr u32 kAccumulators = kTileRows / 2;  // a thread's share of 64 x kTileRows
+constexpr u32 kThreadRows = kTileRows / 4;    // query rows that a thread has accumulators of
+constexpr u32 kOwnThreadRows = kOwnRows / 4;  // and scores, once both halves are added up
+constexpr u32 kOwnColumns = kHeadDimV / kConsumerGroups;  // of the latent, which a group has of O
+constexpr u32 kOwnChunks = kOwnColumns / kChunkColumns;
+constexpr u32 kOwnSteps = kStepsPerChunk / kConsumerGroups;  // of each chunk, which a group has of K Q^T
+constexpr u32 kRowChunkBytes = kTileRows * kChunkRowBytes;   // 64 columns of all query rows
 
-static_assert(kTileRows == 16 || kTileRows == 32, "O fits one group's registers");
+static_assert(kTileRows % (8 * kConsumerGroups) == 0, "a group has whole row groups");
 static_assert(kTileTokens == kChunkRows && kTileTokens == kChunkColumns, "a chunk holds a tile's tokens");
+static_assert(kHalves == kConsumerGroups, "a group hands back the half that it reads as V");
 
 struct SharedPlan {
   alignas(1024) u16 q[kChunks][kTileRows * kChunkColumns];
   alignas(1024) u16 kv[kStages][kChunks][kTileTokens * kChunkColumns];
-  alignas(1024) u16 p[kConsumerGroups][kTileRows * kTileTokens];
+  alignas(1024) u16 p[kTileRows * kTileTokens];
   union {
-    float4 state[kConsumerGroups][kExchangeChunks * kRowGroups][kWarpgroupThreads];  // from each group to the other
-    unsigned char out[kTileRows * kOutPitchBytes];  // the result in 16 bits, on its way to memory
-  } exchange;
-  float maxima[kConsumerGroups][kGroupWarps][kTileRows];  // over a warp's tokens
-  float sums[kConsumerGroups][kGroupWarps][kTileRows];
-  float references[kConsumerGroups][kTileRows];
+    float4 scores[kOwnRowGroups][kWarpThreads];  // from each warp to its peer in the other group
+    uint4 out[kOwnChunks][2][16];                // 16 rows of the result in 16 bits, on their way to memory
+  } exchange[kConsumerGroups][kGroupWarps];
+  float maxima[kConsumerGroups][kGroupWarps][kOwnRows];  // over a warp's tokens
+  float factors[kTileRows];                              // of O, after a reference has moved
+  float sums[2][kGroupWarps][kTileRows];                 // by parity of the item, so that the next may write already
+  float references[2][kTileRows];
   RowTable rows;
   MergeShared merge;
   u64 q_full;
@@ -86,7 +97,7 @@ struct SharedPlan {
 };
 static_assert(sizeof(SharedPlan) <= MLA_SHARED_BYTES, "mlacore/params.py asks for less shared memory");
 
-enum NamedBarrier : u32 { kGroup = 1, kStates = kGroup + kConsumerGroups, kMerge };
+enum NamedBarrier : u32 { kGroup = 1, kScores = kGroup + kConsumerGroups, kProbabilities, kSums, kMerge };
 using Merge = SplitMerge<Element, Cells, kConsumerThreads, kMerge>;
 
 // ---- consumers -----------------------------------------------------------------------------------------------------
@@ -101,24 +112,26 @@ struct Consumer {
   const u32 thread = threadIdx.x % kWarpgroupThreads;
   const u32 lane = threadIdx.x % kWarpThreads;
   const u32 warp = thread / kWarpThreads;
+  const i32 num_rows;  // that exist from the CTA's first one on
 
-  float out[kLatentChunks][kAccumulators];
-  float scores[kAccumulators];
-  float reference[kThreadRows];  // scaled; `out` and `sum` are relative to it
-  float sum[kThreadRows];        // over this thread's tokens
-  float lse[kThreadRows];        // of the item, in base 2
-  float scale[kThreadRows];      // what its `out` is to be multiplied by
-  u32 first_chunk;               // of those that this group writes next
-  bool is_alone;                 // at most one tile: the other group has nothing
+  float out[kOwnChunks][kAccumulators];
+  float products[kAccumulators];    // of all rows, over this group's share of the columns
+  float scores[kAccumulators / 2];  // of the own rows
+  float reference[kOwnThreadRows];  // of the own rows, scaled; `out` and `sum` are relative to it
+  float sum[kOwnThreadRows];        // over this thread's tokens
+  float lse[kThreadRows];           // of the item, in base 2
+  float scale[kThreadRows];         // what its `out` is to be multiplied by
 
-  __device__ __forceinline__ Consumer(SharedPlan& s, const DecodeParams& p, u32 g) : shared(s), params(p), group(g) {}
+  __device__ __forceinline__ Consumer(SharedPlan& s, const DecodeParams& p, const Block& block, u32 g)
+      : shared(s), params(p), group(g), num_rows(block.num_rows(p)) {}
 
   __device__ __forceinline__ u32 row_of(u32 i) const { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+  __device__ __forceinline__ u32 own_row_of(u32 i) const { return group * kOwnRows + row_of(i); }
 
   // 1
-  __device__ __forceinline__ void score(const Tile& tile) {
-    const u64 k = k_major_descriptor(shared_address(shared.kv[tile.stage]));
-    const u64 q = k_major_descriptor(shared_address(shared.q));
+  __device__ __forceinline__ void multiply(const Tile& tile) {
+    const u64 k = k_major_descriptor(shared_address(shared.kv[tile.stage])) + group * kOwnSteps * kKMajorStep;
+    const u64 q = k_major_descriptor(shared_address(shared.q)) + group * kOwnSteps * kKMajorStep;
     wgmma_fence();
 #pragma unroll 1
     for (u32 part = 0; part < kParts; ++part) {  // not unrolled: the first time, instructions are slow to come
@@ -127,32 +140,53 @@ struct Consumer {
       for (u32 i = 0; i < kPartChunks; ++i) {
         const u32 chunk = part * kPartChunks + i;
 #pragma unroll
-        for (u32 step = 0; step < kStepsPerChunk; ++step) {
-          wgmma_m64k16_ss<Element>(scores, k + chunk * (kChunkBytes / 16) + step * kKMajorStep,
+        for (u32 step = 0; step < kOwnSteps; ++step) {
+          wgmma_m64k16_ss<Element>(products, k + chunk * (kChunkBytes / 16) + step * kKMajorStep,
                                    q + chunk * (kRowChunkBytes / 16) + step * kKMajorStep, part + i + step > 0);
         }
       }
     }
     wgmma_commit_group();
     wgmma_wait_group<0>();
-    keep_order(scores);
+    keep_order(products);
+  }
+
+  // 2
+  __device__ __forceinline__ void exchange_products() {
+#pragma unroll
+    for (u32 j = 0; j < kOwnRowGroups; ++j) {
+      const auto given = [&](u32 e) { return group == 0 ? products[kAccumulators / 2 + e] : products[e]; };
+      shared.exchange[group][warp].scores[j][lane] = {given(4 * j), given(4 * j + 1), given(4 * j + 2),
+                                                      given(4 * j + 3)};
+    }
+    bar_sync(kScores, kConsumerThreads);
+#pragma unroll
+    for (u32 j = 0; j < kOwnRowGroups; ++j) {
+      const float4 cell = shared.exchange[1 - group][warp].scores[j][lane];
+      const float from[4] = {cell.x, cell.y, cell.z, cell.w};
+#pragma unroll
+      for (u32 e = 0; e < 4; ++e) {
+        const u32 i = 4 * j + e;
+        scores[i] = (group == 0 ? products[i] : products[kAccumulators / 2 + i]) + from[e];
+      }
+    }
   }
 
   __device__ __forceinline__ void mask(const Tile& tile) {
     const i32 token = i32(fragment_row(thread));
 #pragma unroll
-    for (u32 i = 0; i < kThreadRows; ++i) {
-      const i32 limit = tile.valid_tokens - shared.rows.hidden_tokens[row_of(i)];
+    for (u32 i = 0; i < kOwnThreadRows; ++i) {
+      const i32 limit = tile.valid_tokens - shared.rows.hidden_tokens[own_row_of(i)];
       if (token >= limit) scores[i / 2 * 4 + i % 2] = -infinity();
       if (token + 8 >= limit) scores[i / 2 * 4 + i % 2 + 2] = -infinity();
     }
   }
 
-  // Row maxima (scaled) over the group's tokens and what the references stand for; O and the sums follow.
-  __device__ __forceinline__ void renew_reference(bool has_state) {
-    float (&maxima)[kGroupWarps][kTileRows] = shared.maxima[group];
+  // Row maxima (scaled) over the tile's tokens and what the references stand for; the sums follow, O is to.
+  __device__ __forceinline__ void renew_reference() {
+    float (&maxima)[kGroupWarps][kOwnRows] = shared.maxima[group];
 #pragma unroll
-    for (u32 i = 0; i < kThreadRows; ++i) {
+    for (u32 i = 0; i < kOwnThreadRows; ++i) {
       float top = fmaxf(scores[i / 2 * 4 + i % 2], scores[i / 2 * 4 + i % 2 + 2]);
 #pragma unroll
       for (u32 offset = 4; offset < kWarpThreads; offset *= 2)
@@ -160,32 +194,28 @@ struct Consumer {
       if (lane < 4) maxima[warp][row_of(i)] = top * params.softmax_scale_log2;
     }
     bar_sync(kGroup + group, kWarpgroupThreads);
+    float tops[kOwnThreadRows];
 #pragma unroll
-    for (u32 i = 0; i < kThreadRows; ++i) {
-      float top = reference[i];
+    for (u32 i = 0; i < kOwnThreadRows; ++i) {
+      tops[i] = reference[i];
 #pragma unroll
-      for (u32 w = 0; w < kGroupWarps; ++w) top = fmaxf(top, maxima[w][row_of(i)]);
-      if (has_state) {
-        const float factor = ex2(reference[i] - finite_or_zero(top));
-        sum[i] *= factor;
-#pragma unroll
-        for (u32 chunk = 0; chunk < kLatentChunks; ++chunk) {
-          out[chunk][i / 2 * 4 + i % 2] *= factor;
-          out[chunk][i / 2 * 4 + i % 2 + 2] *= factor;
-        }
-      }
-      reference[i] = top;
+      for (u32 w = 0; w < kGroupWarps; ++w) tops[i] = fmaxf(tops[i], maxima[w][row_of(i)]);
     }
-    bar_sync(kGroup + group, kWarpgroupThreads);  // maxima have been read
+#pragma unroll
+    for (u32 i = 0; i < kOwnThreadRows; ++i) {
+      const float factor = rescale_factor(reference[i], tops[i]);
+      sum[i] *= factor;
+      reference[i] = tops[i];
+      if (warp == 0 && lane < 4) shared.factors[own_row_of(i)] = factor;
+    }
   }
 
-  // P into shared memory; true if some of it has left the slack of its reference.
-  __device__ __forceinline__ bool exponentiate(float (&tile_sum)[kThreadRows]) {
-    u32 packed[kRowGroups]
-              [2];  // token pairs lie in different registers: P of tokens i (0) and i + 8 (1), two rows each
+  // P of the own rows into shared memory; true if some of it has left the slack of its reference.
+  __device__ __forceinline__ bool exponentiate(float (&tile_sum)[kOwnThreadRows]) {
+    u32 packed[kOwnRowGroups][2];  // P of tokens i (0) and i + 8 (1), two rows each
     bool outgrown = false;
 #pragma unroll
-    for (u32 j = 0; j < kRowGroups; ++j) {
+    for (u32 j = 0; j < kOwnRowGroups; ++j) {
       float p[4];
 #pragma unroll
       for (u32 k = 0; k < 4; ++k) {
@@ -198,216 +228,156 @@ struct Consumer {
         packed[j][i] = cvt_pack<Element>(p[2 * i], p[2 * i + 1]);
       }
     }
-    const u32 destination = shared_address(shared.p[group]);
+    const u32 destination = shared_address(shared.p), cell = 2 * warp + lane / 8 % 2;
 #pragma unroll
-    for (u32 j = 0; j < kRowGroups; j += 2) {
-      const u32 row = 8 * j + lane / 16 * 8 + lane % 8, cell = 2 * warp + lane / 8 % 2;
-      stmatrix_x4_trans(destination + swizzled_offset(row, cell), packed[j][0], packed[j][1], packed[j + 1][0],
-                        packed[j + 1][1]);
+    for (u32 j = 0; j < kOwnRowGroups; j += 2) {
+      const u32 row = group * kOwnRows + 8 * j + lane % 8;
+      if (j + 1 < kOwnRowGroups) {
+        stmatrix_x4_trans(destination + swizzled_offset(row + lane / 16 * 8, cell), packed[j][0], packed[j][1],
+                          packed[j + 1][0], packed[j + 1][1]);
+      } else {
+        stmatrix_x2_trans(destination + swizzled_offset(row, cell), packed[j][0], packed[j][1]);
+      }
     }
     fence_proxy_async();
     return outgrown;
   }
 
-  // 2
+  // 3. The vote on the references is both groups': O has all rows.
   __device__ __forceinline__ void softmax(const Tile& tile, bool is_first) {
+    clear_tokens<kOwnChunks, kWarpgroupThreads>(shared_address(shared.kv[tile.stage][group * kOwnChunks]),
+                                                tile.valid_tokens, thread);
     if (tile.needs_mask) mask(tile);
-    if (!is_first) bar_sync(kGroup + group, kWarpgroupThreads);  // all warps' O += V^T P of the tile before have read P
-    float tile_sum[kThreadRows];
+    float tile_sum[kOwnThreadRows];
     bool renews = is_first;
 #pragma unroll 1
     while (true) {  // twice at most
-      if (renews) renew_reference(!is_first);
+      if (renews) renew_reference();
       const bool outgrown = exponentiate(tile_sum);
-      // All of the group have written P; the vote must be the group's, as is the reference.
-      if (!bar_red_or(kGroup + group, kWarpgroupThreads, outgrown) || renews) break;
+      // All have written P, and cleared V.
+      if (!bar_red_or(kProbabilities, kConsumerThreads, outgrown) || renews) break;
       renews = true;
     }
 #pragma unroll
-    for (u32 i = 0; i < kThreadRows; ++i) sum[i] += tile_sum[i];
-  }
-
-  // 3
-  __device__ __forceinline__ void accumulate(const Tile& tile, bool is_first) {
-    const u32 stage = shared_address(shared.kv[tile.stage]);
-    if (clear_tokens<kLatentChunks, kWarpgroupThreads>(stage, tile.valid_tokens, thread)) {
-      bar_sync(kGroup + group, kWarpgroupThreads);
-    }
-    const u64 v = n_major_descriptor(stage);
-    const u64 p = k_major_descriptor(shared_address(shared.p[group]));
+    for (u32 i = 0; i < kOwnThreadRows; ++i) sum[i] += tile_sum[i];
+    if (renews && !is_first) {
 #pragma unroll
-    for (u32 chunk = 0; chunk < kLatentChunks; ++chunk) keep_order(out[chunk]);
-    wgmma_fence();
+      for (u32 i = 0; i < kThreadRows; ++i) {
+        const float factor = shared.factors[row_of(i)];
 #pragma unroll
-    for (u32 half = 0; half < kHalves; ++half) {
-#pragma unroll
-      for (u32 step = 0; step < kStepsPerTile; ++step) {
-#pragma unroll
-        for (u32 chunk = half * kHalfChunks; chunk < (half + 1) * kHalfChunks; ++chunk) {
-          wgmma_m64k16_ts<Element>(out[chunk], v + chunk * (kChunkBytes / 16) + step * kNMajorStep,
-                                   p + step * kKMajorStep, step > 0 || !is_first);
+        for (u32 c = 0; c < kOwnChunks; ++c) {
+          out[c][i / 2 * 4 + i % 2] *= factor;
+          out[c][i / 2 * 4 + i % 2 + 2] *= factor;
         }
       }
-      wgmma_commit_group();
     }
-    finish_half<0>(tile);
   }
 
-  // 4: half by half, as O += V^T P is done with it.
-  template <u32 kHalf>
-  __device__ __forceinline__ void finish_half(const Tile& tile) {
-    wgmma_wait_group<kHalves - 1 - kHalf>();
+  // 4
+  __device__ __forceinline__ void start_out(const Tile& tile) {
+    const u64 v = n_major_descriptor(shared_address(shared.kv[tile.stage][group * kOwnChunks]));
+    const u64 p = k_major_descriptor(shared_address(shared.p));
 #pragma unroll
-    for (u32 chunk = kHalf * kHalfChunks; chunk < (kHalf + 1) * kHalfChunks; ++chunk) keep_order(out[chunk]);
-    release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][kHalf]));
-    if constexpr (kHalf + 1 < kHalves) finish_half<kHalf + 1>(tile);
+    for (u32 c = 0; c < kOwnChunks; ++c) keep_order(out[c]);
+    wgmma_fence();
+#pragma unroll
+    for (u32 step = 0; step < kStepsPerTile; ++step) {
+#pragma unroll
+      for (u32 c = 0; c < kOwnChunks; ++c) {
+        wgmma_m64k16_ts<Element>(out[c], v + c * (kChunkBytes / 16) + step * kNMajorStep, p + step * kKMajorStep, 1);
+      }
+    }
+    wgmma_commit_group();
   }
+
+  // 5
+  __device__ __forceinline__ void finish_out() {
+    wgmma_wait_group<0>();
+#pragma unroll
+    for (u32 c = 0; c < kOwnChunks; ++c) keep_order(out[c]);
+  }
+  __device__ __forceinline__ void release_half(const Tile& tile) {
+    release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][group]), lane);
+  }
+
   __device__ __forceinline__ void release_q() {
     if (lane == 0) mbarrier_arrive(shared_address(&shared.q_empty));
   }
 
-  // This group's tiles of an item.
+  // Leaves the last O += V^T P to be finished: the row sums are collected meanwhile.
   __device__ __forceinline__ void attend(const Tiles& tiles) {
-    if (tiles.count <= i32(group)) release_q();
-    for (i32 t = i32(group); t < tiles.count; t += i32(kConsumerGroups)) {
+    if (tiles.count == 0) release_q();
+#pragma unroll 1
+    for (i32 t = 0; t < tiles.count; ++t) {
+      finish_out();
+      if (t > 0) release_half(tiles[t - 1]);
       const Tile tile = tiles[t];
-      const bool is_first = t == i32(group);
-      score(tile);
-      if (t + i32(kConsumerGroups) >= tiles.count) release_q();
-      softmax(tile, is_first);
-      accumulate(tile, is_first);
+      multiply(tile);
+      if (t + 1 == tiles.count) release_q();
+      exchange_products();
+      softmax(tile, t == 0);
+      start_out(tile);
     }
   }
 
-  // The item's state from both groups' states, relative to the larger reference: `lse`, `scale` and `out`. Each group
-  // gives half of its columns away and adds up the others, with whose chunks its `out` begins from here on.
-  __device__ __forceinline__ void join_groups() {
-    const u32 other_group = 1 - group;
-    float own_factors[kThreadRows], other_factors[kThreadRows];
+  // `lse` and `scale` of the item: the row sums over all threads that hold scores of a row.
+  __device__ __forceinline__ void finish_sums(u32 item_parity) {
+    float (&sums)[kGroupWarps][kTileRows] = shared.sums[item_parity];
+    float (&references)[kTileRows] = shared.references[item_parity];
 #pragma unroll
-    for (u32 first = 0; first < kOwnChunks; first += kExchangeChunks) {
-      barrier_cta_sync(kStates, kConsumerThreads);  // what was there before has been read
-      if (first == 0) publish_sums();
-#pragma unroll
-      for (u32 c = 0; c < kExchangeChunks; ++c) {
-#pragma unroll
-        for (u32 j = 0; j < kRowGroups; ++j) {
-          const auto given = [&](u32 i) { return group == 0 ? out[kOwnChunks + first + c][i] : out[first + c][i]; };
-          shared.exchange.state[group][c * kRowGroups + j][thread] = {given(4 * j), given(4 * j + 1), given(4 * j + 2),
-                                                                      given(4 * j + 3)};
-        }
-      }
-      barrier_cta_sync(kStates, kConsumerThreads);
-      if (first == 0) {
-#pragma unroll
-        for (u32 i = 0; i < kThreadRows; ++i) {
-          const u32 row = row_of(i);
-          const float other = shared.references[other_group][row], top = fmaxf(reference[i], other);
-          own_factors[i] = ex2(reference[i] - finite_or_zero(top));
-          other_factors[i] = ex2(other - finite_or_zero(top));
-          reference[i] = top;
-        }
-      }
-#pragma unroll
-      for (u32 c = 0; c < kExchangeChunks; ++c) {
-#pragma unroll
-        for (u32 j = 0; j < kRowGroups; ++j) {
-          const float4 cell = shared.exchange.state[other_group][c * kRowGroups + j][thread];
-          const float from[4] = {cell.x, cell.y, cell.z, cell.w};
-#pragma unroll
-          for (u32 e = 0; e < 4; ++e) {
-            const float kept = group == 0 ? out[first + c][4 * j + e] : out[kOwnChunks + first + c][4 * j + e];
-            const u32 i = 2 * j + e % 2;
-            out[first + c][4 * j + e] = kept * own_factors[i] + from[e] * other_factors[i];
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (u32 i = 0; i < kThreadRows; ++i) {
-      const u32 row = row_of(i);
-      const float own = group_sum(group, row), other = group_sum(other_group, row);
-      set_total(i, sum_of_products(own, own_factors[i], other, other_factors[i]));
-    }
-    first_chunk = group * kOwnChunks;
-  }
-
-  // Of an item with at most one tile, group 0 has all. It writes its columns in two halves, move_to_second_half()
-  // between them.
-  __device__ __forceinline__ void stay_alone() {
-    barrier_cta_sync(kStates, kConsumerThreads);  // what was in the exchange before has been read
-    if (group != 0) return;
-    publish_sums();
-    bar_sync(kGroup, kWarpgroupThreads);
-#pragma unroll
-    for (u32 i = 0; i < kThreadRows; ++i) set_total(i, group_sum(0, row_of(i)));
-    first_chunk = 0;
-  }
-  __device__ __forceinline__ void move_to_second_half() {
-#pragma unroll
-    for (u32 c = 0; c < kOwnChunks; ++c) {
-#pragma unroll
-      for (u32 i = 0; i < kAccumulators; ++i) out[c][i] = out[kOwnChunks + c][i];
-    }
-    first_chunk = kOwnChunks;
-  }
-
-  __device__ __forceinline__ void set_total(u32 i, float total) {
-    lse[i] = log_sum_exp(reference[i], total);
-    scale[i] = inverse_sum(total);
-  }
-
-  // Row sums over each warp's tokens, and the references that they are relative to.
-  __device__ __forceinline__ void publish_sums() {
-#pragma unroll
-    for (u32 i = 0; i < kThreadRows; ++i) {
+    for (u32 i = 0; i < kOwnThreadRows; ++i) {
       float total = sum[i];
 #pragma unroll
       for (u32 offset = 4; offset < kWarpThreads; offset *= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
-      if (lane < 4) shared.sums[group][warp][row_of(i)] = total;
-      if (warp == 0 && lane < 4) shared.references[group][row_of(i)] = reference[i];
+      if (lane < 4) sums[warp][own_row_of(i)] = total;
+      if (warp == 0 && lane < 4) references[own_row_of(i)] = reference[i];
+    }
+    bar_sync(kSums, kConsumerThreads);
+#pragma unroll
+    for (u32 i = 0; i < kThreadRows; ++i) {
+      const u32 row = row_of(i);
+      const float total = (sums[0][row] + sums[1][row]) + (sums[2][row] + sums[3][row]);
+      lse[i] = log_sum_exp(references[row], total);
+      scale[i] = inverse_sum(total);
     }
   }
-  __device__ __forceinline__ float group_sum(u32 of_group, u32 row) const {
-    const float (&sums)[kGroupWarps][kTileRows] = shared.sums[of_group];
-    return (sums[0][row] + sums[1][row]) + (sums[2][row] + sums[3][row]);
+
+  __device__ __forceinline__ bool writes_lse() const { return group == 0 && warp == 0 && lane < 4; }
+
+  // A cell a row group and chunk.
+  struct PartialState {
+    uint4* cells;
+    uint4* lses;
+    u32 launch;
+  };
+  __device__ __forceinline__ PartialState partial_state(const Merge& merge, i32 slot) const {
+    return {merge.partial_cells(slot) + Cells::memory_index(group * kOwnChunks, 0, thread), merge.partial_lses(slot),
+            merge.launch()};
+  }
+  __device__ __forceinline__ static constexpr u32 cell_of(u32 c, u32 j) {
+    return (c * kRowGroups + j) * kWarpgroupThreads;
   }
 
-  // Chunks [first_chunk, first_chunk + kOwnChunks) of the item, which `out` begins with by now.
-  __device__ __forceinline__ void write(const Item& item, const Merge& merge) {
-    if (!merge.is_split(item)) {
-      write_final<false>(item, nullptr, nullptr, merge.launch());
-    } else if (!merge.adds_other(item)) {
-      const i32 slot = merge.own_slot(item);
-      write_partial(merge.partial_cells(slot), merge.partial_lses(slot), merge.launch());
-    } else {
-      const i32 slot = merge.other_slot(item.is_first);
-      write_final<true>(item, merge.partial_cells(slot), merge.partial_lses(slot), merge.launch());
-    }
-  }
-  __device__ __forceinline__ bool writes_lse() const { return first_chunk == 0 && warp == 0 && lane < 4; }
-
-  __device__ __forceinline__ void write_partial(uint4* cells, uint4* lses, u32 launch) const {
+  __device__ __forceinline__ void write_partial(const PartialState& to) const {
 #pragma unroll
     for (u32 j = 0; j < kRowGroups; ++j) {
-      if (shared.rows.out_row[row_of(2 * j)] < 0) break;
+      if (i32(row_of(2 * j)) >= num_rows) break;
 #pragma unroll
       for (u32 c = 0; c < kOwnChunks; ++c) {
         const float (&from)[kAccumulators] = out[c];
-        st_global_16(cells + Cells::memory_index(first_chunk + c, j, thread),
+        st_global_16(to.cells + cell_of(c, j),
                      pack_cell(from[4 * j] * scale[2 * j], from[4 * j + 2] * scale[2 * j],
-                               from[4 * j + 1] * scale[2 * j + 1], from[4 * j + 3] * scale[2 * j + 1], launch));
+                               from[4 * j + 1] * scale[2 * j + 1], from[4 * j + 3] * scale[2 * j + 1], to.launch));
       }
-      if (writes_lse()) st_global_16(lses + 4 * j + lane, pack_lse(lse[2 * j], lse[2 * j + 1], launch));
+      if (writes_lse()) st_global_16(to.lses + 4 * j + lane, pack_lse(lse[2 * j], lse[2 * j + 1], to.launch));
     }
   }
 
-  // The result of the item: of this state, or of its sum with the other of two splits.
+  // The result of the item: of this state, or of its sum with the other of two splits. 16 rows at a time.
   template <bool kAddsOther>
-  __device__ __forceinline__ void write_final(const Item& item, const uint4* cells, const uint4* lses, u32 launch) {
-    const i64 first_row = i64(item.sequence) * params.seq_len_q * params.num_heads;
-    const u32 staged = shared_address(shared.exchange.out);
-    if (!is_alone) barrier_cta_sync(kStates, kConsumerThreads);  // what was exchanged has been read
+  __device__ __forceinline__ void write_final(const Item& item, const PartialState& other) {
+    const i64 first_row = first_row_of(params, item.sequence);
+    uint4 (&staged)[kOwnChunks][2][16] = shared.exchange[group][warp].out;
 #pragma unroll
     for (u32 j = 0; j < kRowGroups; j += 2) {
       uint4 pairs[2], parts[kOwnChunks][2];  // the other state's
@@ -419,18 +389,18 @@ struct Consumer {
           is_there = true;
 #pragma unroll
           for (u32 k = 0; k < 2; ++k) {
-            pairs[k] = ld_relaxed_gpu_16(lses + 4 * (j + k) + lane % 4);
+            pairs[k] = ld_relaxed_gpu_16(other.lses + 4 * (j + k) + lane % 4);
 #pragma unroll
             for (u32 c = 0; c < kOwnChunks; ++c) {
-              parts[c][k] = ld_relaxed_gpu_16(cells + Cells::memory_index(first_chunk + c, j + k, thread));
+              parts[c][k] = ld_relaxed_gpu_16(other.cells + cell_of(c, j + k));
             }
           }
 #pragma unroll
           for (u32 k = 0; k < 2; ++k) {
-            bool has_pair = pairs[k].w == launch;
+            bool has_pair = pairs[k].w == other.launch;
 #pragma unroll
-            for (u32 c = 0; c < kOwnChunks; ++c) has_pair = has_pair && parts[c][k].w == launch;
-            is_there = is_there && (has_pair || shared.rows.out_row[row_of(2 * (j + k))] < 0);
+            for (u32 c = 0; c < kOwnChunks; ++c) has_pair = has_pair && parts[c][k].w == other.launch;
+            is_there = is_there && (has_pair || i32(row_of(2 * (j + k))) >= num_rows);
           }
         } while (!__all_sync(0xffffffffu, is_there));
       }
@@ -448,6 +418,7 @@ struct Consumer {
           params.lse[first_row + shared.rows.lse_row[row]] = row_lse * kLn2;
         }
       }
+      __syncwarp();  // what was staged before has been read
 #pragma unroll
       for (u32 c = 0; c < kOwnChunks; ++c) {
         u32 packed[4];
@@ -465,61 +436,62 @@ struct Consumer {
           packed[2 * k] = cvt_pack<Element>(value[0], value[1]);
           packed[2 * k + 1] = cvt_pack<Element>(value[2], value[3]);
         }
-        const u32 row = 8 * j + lane / 16 * 8 + lane % 8;
-        const u32 column = (first_chunk + c) * kChunkColumns + warp * 16 + lane / 8 % 2 * 8;
-        stmatrix_x4_trans(staged + row * kOutPitchBytes + column * 2, packed[0], packed[1], packed[2], packed[3]);
+        stmatrix_x4_trans(shared_address(&staged[c][lane / 8 % 2][lane / 16 * 8 + lane % 8]), packed[0], packed[1],
+                          packed[2], packed[3]);
+      }
+      __syncwarp();
+      // Two lanes write 16 neighbouring columns of a row.
+      const i32 out_row = shared.rows.out_row[8 * j + lane / 2];
+      if (out_row < 0) continue;
+      u16* const to = params.out + (first_row + out_row) * kHeadDimV + group * kOwnColumns;
+#pragma unroll
+      for (u32 c = 0; c < kOwnChunks; ++c) {
+        *reinterpret_cast<uint4*>(to + c * kChunkColumns + warp * 16 + lane % 2 * 8) = staged[c][lane % 2][lane / 2];
       }
     }
-    bar_sync(kGroup + group, kWarpgroupThreads);
-    constexpr u32 kCellsPerOwnRow = kOwnChunks * kCellsPerRow;
-    const u32 first_column = first_chunk * kChunkColumns;
-    for (u32 cell = thread; cell < kTileRows * kCellsPerOwnRow; cell += kWarpgroupThreads) {
-      const u32 row = cell / kCellsPerOwnRow, column = first_column + cell % kCellsPerOwnRow * 8;
-      const i32 out_row = shared.rows.out_row[row];
-      if (out_row < 0) break;
-      *reinterpret_cast<uint4*>(params.out + (first_row + out_row) * kHeadDimV + column) =
-          *reinterpret_cast<const uint4*>(shared.exchange.out + row * kOutPitchBytes + column * 2);
-    }
+    __syncwarp();  // the next item's products go where this was staged
   }
 };
 
 __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& params, const Block& block,
                                         WorkerItems& items, const Merge& merge, u32 group_index) {
-  Consumer group(shared, params, group_index);
-  await_first_query<kMerge>();
+  Consumer group(shared, params, block, group_index);
   Item item;
+  MergeTask task;
   u32 tiles_before = 0, num_items = 0;
-  while (items.next(item)) {
+  items.next(item);  // the length is on its way while Q is
+  await_first_query<kMerge>();
+  do {
 #pragma unroll
-    for (u32 i = 0; i < kThreadRows; ++i) {
+    for (u32 i = 0; i < kOwnThreadRows; ++i) {
       group.reference[i] = -infinity();
       group.sum[i] = 0.f;
     }
 #pragma unroll
-    for (u32 chunk = 0; chunk < kLatentChunks; ++chunk) {
+    for (u32 c = 0; c < kOwnChunks; ++c) {
 #pragma unroll
-      for (u32 i = 0; i < kAccumulators; ++i) group.out[chunk][i] = 0.f;
+      for (u32 i = 0; i < kAccumulators; ++i) group.out[c][i] = 0.f;
     }
     const Tiles tiles(params, block, item, tiles_before);
     wait_phase(shared_address(&shared.q_full), (num_items - 1) % 2);  // passes at the first item
-    ++num_items;
     group.attend(tiles);
     tiles_before += u32(tiles.count);
+    group.finish_sums(num_items++ % 2);
     merge.await_groups();
-    group.is_alone = kMayStayAlone && tiles.count <= 1;
-    if (group.is_alone) {
-      group.stay_alone();
-      if (group_index != 0) continue;
+    task = merge.task(item.is_first);
+    const bool is_split = merge.is_split(item);
+    const auto own_state = group.partial_state(merge, merge.own_slot(item));
+    group.finish_out();
+    if (tiles.count > 0) group.release_half(tiles[tiles.count - 1]);
+    if (!is_split) {
+      group.write_final<false>(item, {});
+    } else if (merge.adds_other(item)) {
+      group.write_final<true>(item, group.partial_state(merge, merge.other_slot(item.is_first)));
     } else {
-      group.join_groups();
+      group.write_partial(own_state);
     }
-#pragma unroll 1
-    while (true) {
-      group.write(item, merge);
-      if (!group.is_alone || group.first_chunk > 0) break;
-      group.move_to_second_half();
-    }
-  }
+  } while (items.next(item));
+  merge.run(task);
 }
 
 // ---- kernel --------------------------------------------------------------------------------------------------------

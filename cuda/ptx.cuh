@@ -142,7 +142,16 @@ __device__ __forceinline__ u32 atom_inc_acq_rel_gpu(u32* address, u32 last) {
   return before;
 }
 
-// A flag in shared memory, from one thread of the block to others, and what was written or known before it.
+// A flag in shared memory, from one thread of the block to others.
+__device__ __forceinline__ void st_relaxed_shared(u32 address, u32 value) {
+  asm volatile("st.relaxed.cta.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ u32 ld_relaxed_shared(u32 address) {
+  u32 value;
+  asm volatile("ld.relaxed.cta.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+// The same, and what was written or known before it.
 __device__ __forceinline__ void st_release_shared(u32 address, u32 value) {
   asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -248,6 +257,11 @@ __device__ __forceinline__ void stmatrix_x4(u32 address, u32 r0, u32 r1, u32 r2,
 __device__ __forceinline__ void stmatrix_x4_trans(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0),
                "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
+__device__ __forceinline__ void stmatrix_x2_trans(u32 address, u32 r0, u32 r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1)
                : "memory");
 }
 

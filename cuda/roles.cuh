@@ -58,7 +58,7 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
     merge.init();
     fence_mbarrier_init();
   }
-  enter_cluster<kClusterCtas>();
+  arrive_at_start<kClusterCtas>();
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();  // everything above overlaps the end of the previous kernel; nothing above reads memory
 
@@ -68,6 +68,7 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
     if (warp == 0) {
       load_kv<kClusterCtas>(shared.kv, shared.kv_full, shared.kv_empty, kv_map, params, block);
     } else {
+      await_start<kClusterCtas>();
       if (warp == 1) merge.announce();
       load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, merge, warp - 1);
       if (warp == 1) merge.watch();
@@ -78,8 +79,10 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
     if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
     if (items.has_items()) {
       FirstQuery(shared.q, params, block, threadIdx.x / kWarpThreads).load(items.first_sequence());
+      await_start<kClusterCtas>();
       consume(items);
+    } else {
+      await_start<kClusterCtas>();
     }
-    merge.run();
   }
 }

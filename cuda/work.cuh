@@ -12,11 +12,21 @@ struct Block {
   i32 worker;
   i32 kv_head;
   i32 row_block;
+
+  // Query rows that exist from the CTA's first one on; maybe more than it has, or none.
+  __device__ __forceinline__ i32 num_rows(const DecodeParams& params) const {
+    return params.seq_len_q * params.heads_per_kv - row_block * i32(kTileRows);
+  }
 };
 
 // Index of this block in an array [workers or slots, num_kv_heads, row_blocks].
 __device__ __forceinline__ i64 index_of_block(const DecodeParams& params, const Block& block, i32 worker) {
   return i64(worker) * params.blocks_per_worker + (block.kv_head * params.row_blocks + block.row_block);
+}
+
+// Of out and lse, whose rows are [sequence, seq_len_q, num_heads].
+__device__ __forceinline__ i64 first_row_of(const DecodeParams& params, i32 sequence) {
+  return i64(sequence) * (params.seq_len_q * params.num_heads);  // mlacore/plan.py keeps the latter at 2^20
 }
 
 // Position of a query row of this CTA in q, out and lse.

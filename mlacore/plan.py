@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_WORKERS = 65535
 MAX_KV_HEADS = 65535
+MAX_QUERY_ROWS = 1 << 20  # of a sequence
 
 
 class _Remembered:
@@ -229,7 +230,7 @@ def plan_decode(
     num_heads : int
         Query heads of this rank.
     seq_len_q : int
-        Query tokens of each sequence.
+        Query tokens of each sequence; with all heads at most 2²⁰ query rows.
     num_kv_heads : int
         KV heads, a divisor of `num_heads`; MLA has 1.
     causal : bool
@@ -303,6 +304,11 @@ def check_plan_options(
     num_kv_heads = shapes.check_count("num_kv_heads", num_kv_heads)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads={num_heads}")
+    if num_heads * seq_len_q > MAX_QUERY_ROWS:
+        raise ValueError(
+            f"seq_len_q: got {seq_len_q} with num_heads={num_heads}, expected at most {MAX_QUERY_ROWS} query rows a "
+            "sequence (a partial state has 32-bit offsets)"
+        )
     if num_kv_heads > MAX_KV_HEADS:
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected at most {MAX_KV_HEADS} (CUDA's grid)")
     causal = shapes.check_bool("causal", causal)

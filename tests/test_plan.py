@@ -145,6 +145,15 @@ def test_a_batch_invariant_sequence_is_cut_by_its_own_length(
             assert max(np.diff([*alone, tiles])) <= INVARIANT_SPLIT_TILES
 
 
+def test_query_rows_have_a_limit():
+    lengths = np.array([5], np.int32)
+    with pytest.raises(
+        ValueError, match=r"seq_len_q: got 8193 with num_heads=128, expected at most 1048576 query rows"
+    ):
+        plan_decode(lengths, num_heads=128, seq_len_q=8193)
+    assert plan_decode(lengths, num_heads=128, seq_len_q=8192).seq_len_q == 8192
+
+
 def test_batch_invariant_plans() -> None:
     lengths = np.array([5000, 0, 70], np.int32)
     plan = plan_decode(lengths, num_heads=16, max_seq_len=6000, batch_invariant=True)
