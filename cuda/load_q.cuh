@@ -18,15 +18,16 @@ class QueryRows {
     my_offset_ = at.exists ? at.seq * params.q_stride_seq + at.head * params.q_stride_head : kAbsent;
   }
 
-  // The rows are on their way. They are in place when all warps have awaited theirs and met.
-  __device__ __forceinline__ void load(i32 sequence) const {
+  // The rows are on their way. They are in place when all warps have awaited theirs and met. CTAs that load the same
+  // rows at the same time better take different `turns`: a line of L2 serves one after the other.
+  __device__ __forceinline__ void load(i32 sequence, u32 turn = 0) const {
     const u32 lane = threadIdx.x % kWarpThreads;
     const u16* source = params_.q + sequence * params_.q_stride_batch;
 #pragma unroll 2
-    for (u32 i = 0; i < kRowsPerWarp; ++i) {
-      const u32 row = warp_ + kWarps * i;
+    for (u32 n = 0; n < kRowsPerWarp; ++n) {
+      const u32 i = (n + turn) % kRowsPerWarp, row = warp_ + kWarps * i;
       const i64 offset = __shfl_sync(0xffffffffu, my_offset_, i32(i));
-      if (kTileRows % kWarps != 0 && row >= kTileRows) break;
+      if (kTileRows % kWarps != 0 && row >= kTileRows) continue;
       const bool exists = offset != kAbsent;
       const u16* from = exists ? source + offset : params_.q;
 #pragma unroll

@@ -92,11 +92,6 @@ struct MergeShared {
   u64 claimed[2];        // mbarriers: is_second is known
 };
 
-// One state's share of the sum of two. Products are rounded before they are added, so that the order does not matter.
-__device__ __forceinline__ float sum_of_products(float a, float weight_a, float b, float weight_b) {
-  return __fadd_rn(__fmul_rn(a, weight_a), __fmul_rn(b, weight_b));
-}
-
 // A row's sum of two states, known by their base-2 log-sum-exp.
 struct SumOfTwo {
   float own_weight, other_weight, lse;
@@ -110,8 +105,9 @@ struct SumOfTwo {
     other_weight = other_part * scale;
     lse = log_sum_exp(top, total);
   }
+  // Products are rounded before they are added, so that the order does not matter.
   __device__ __forceinline__ float of(float own, float other) const {
-    return sum_of_products(without_last_bits(own), own_weight, other, other_weight);
+    return __fadd_rn(__fmul_rn(without_last_bits(own), own_weight), __fmul_rn(other, other_weight));
   }
 };
 

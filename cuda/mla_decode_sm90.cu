@@ -130,7 +130,7 @@ struct Consumer {
   __device__ __forceinline__ Consumer(SharedPlan& s, const DecodeParams& p, const Block& b, u32 g)
       : shared(s), params(p), block(b), group(g) {}
 
-  // Scores of parts [kBegin, kEnd) of the tile's columns, as one committed group.
+  // Scores of parts [kBegin, kEnd) of the tile's columns, each a committed group.
   template <u32 kBegin, u32 kEnd>
   __device__ __forceinline__ void start_scores(const Tile& tile) {
     const u64 q = k_major_descriptor(shared_address(shared.q));
@@ -147,8 +147,8 @@ struct Consumer {
           wgmma_m64n64k16_ss<Element>(scores, q + at, k + at, part + i + step > 0);
         }
       }
+      wgmma_commit_group();  // behind the loop it would take an idle WGMMA
     }
-    wgmma_commit_group();
   }
 
   // Both the scores and the earlier O update are complete; `scores` may be read.
@@ -460,8 +460,8 @@ struct Consumer {
   }
 };
 
-__device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& params, const Block& block,
-                                        WorkerItems& items, const Merge& merge, u32 group_index) {
+__device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodeParams& params, const Block& block,
+                                             WorkerItems& items, const Merge& merge, u32 group_index) {
   Consumer group(shared, params, block, group_index);
   Item item;
   u32 tiles_before = 0, num_items = 0;
@@ -485,7 +485,7 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
     merge.await_groups();
     group.write_item(item, num_items++ % 2, merge);
   } while (items.next(item));
-  merge.run(merge.task(num_items == 1));
+  return merge.task(item.is_first);
 }
 
 // ---- kernel --------------------------------------------------------------------------------------------------------
@@ -500,6 +500,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
 
   run_roles(shared, &kv_map, params, block, merge, [&](WorkerItems& items) {
     // The shuffle tells the compiler that warps do not diverge there; without it, it serialises the WGMMAs.
-    consume(shared, params, block, items, merge, __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0));
+    return consume(shared, params, block, items, merge, __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0));
   });
 }

@@ -42,12 +42,12 @@
 //
 // So a tile is done with in half the time that one group would take, and its stage is soon free; at the end both groups
 // hold half of the item's columns, to be written. Before (each group took every other tile, and the groups exchanged
-// halves of O at the end) it took 7 % longer at b=1, h_q=16, 4K. Row sums are collected under the last O += V^T P.
+// halves of O at the end) it took 9 % longer at b=1, h_q=16, 4K. Row sums are collected under the last O += V^T P.
 //
 // What limits it (H100, 2026-11-22): at large batch, memory. In a cluster of two with 32 rows a tile takes 2650 cycles:
-// 1030 for 1 and 690 for 4, which shared memory cannot do in less than 860 and 770, 310 for 2 and 600 for 3. A call of
-// one tile a worker (b=1, h_q=16, 4K, 7.6 us): 0.7 us between launches, 1.9 until the tile has landed, 1.4 for it and
-// its sums, 0.4 to write the state, 2 to merge.
+// 1030 for 1, 310 for 2, 600 for 3, 700 for 4, one after the other; the next tile lands too late to be multiplied under
+// 2 and 3. A call of one tile a worker (b=1, h_q=16, 4K) takes 7.6 us: 0.7 between launches, 2.9 until P is there (1.9
+// until the tile is), 0.5 for O and the sums, 0.4 to write the state, 2 to merge, and the rest to start and to end.
 #include "cells.cuh"
 #include "cluster.cuh"
 #include "layout.cuh"
@@ -145,8 +145,8 @@ struct Consumer {
                                    q + chunk * (kRowChunkBytes / 16) + step * kKMajorStep, part + i + step > 0);
         }
       }
+      wgmma_commit_group();  // behind the loop it would take an idle WGMMA
     }
-    wgmma_commit_group();
     wgmma_wait_group<0>();
     keep_order(products);
   }
@@ -409,8 +409,8 @@ struct Consumer {
       for (u32 i = 0; i < 4; ++i) {
         float row_lse = lse[2 * j + i];
         if constexpr (kAddsOther) {
-          const float2 other = unpack_lse(pairs[i / 2]);
-          both[i] = {row_lse, i % 2 == 0 ? other.x : other.y};
+          const float2 other_lse = unpack_lse(pairs[i / 2]);
+          both[i] = {row_lse, i % 2 == 0 ? other_lse.x : other_lse.y};
           row_lse = both[i].lse;
         }
         const u32 row = row_of(2 * j + i);
@@ -453,8 +453,8 @@ struct Consumer {
   }
 };
 
-__device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& params, const Block& block,
-                                        WorkerItems& items, const Merge& merge, u32 group_index) {
+__device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodeParams& params, const Block& block,
+                                             WorkerItems& items, const Merge& merge, u32 group_index) {
   Consumer group(shared, params, block, group_index);
   Item item;
   MergeTask task;
@@ -491,7 +491,7 @@ __device__ __forceinline__ void consume(SharedPlan& shared, const DecodeParams& 
       group.write_partial(own_state);
     }
   } while (items.next(item));
-  merge.run(task);
+  return task;
 }
 
 // ---- kernel --------------------------------------------------------------------------------------------------------
@@ -505,6 +505,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
   const Merge merge(params, block, shared.merge, shared.rows, reinterpret_cast<unsigned char*>(shared.kv));
 
   run_roles(shared, &kv_map, params, block, merge, [&](WorkerItems& items) {
-    consume(shared, params, block, items, merge, __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0));
+    return consume(shared, params, block, items, merge, __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0));
   });
 }

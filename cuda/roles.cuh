@@ -43,7 +43,7 @@ __device__ __forceinline__ void await_first_query() {
 }
 
 // `shared` is the kernel's SharedPlan; `consume(items)` is what the consumers do with the worker's items, of which
-// there are some: first of all they await Q.
+// there are some: first of all they await Q. It returns merge.task() of the last item.
 template <typename SharedPlan, typename Merge, typename Consume>
 __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* kv_map, const DecodeParams& params,
                                           const Block& block, const Merge& merge, const Consume& consume) {
@@ -77,12 +77,18 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
     setmaxnreg_inc<kConsumerRegisters>();
     WorkerItems items(params, block.worker);
     if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
+    MergeTask task;
     if (items.has_items()) {
-      FirstQuery(shared.q, params, block, threadIdx.x / kWarpThreads).load(items.first_sequence());
+      FirstQuery(shared.q, params, block, threadIdx.x / kWarpThreads).load(items.first_sequence(), u32(block.worker));
       await_start<kClusterCtas>();
-      consume(items);
+      task = consume(items);
     } else {
       await_start<kClusterCtas>();
+      merge.await_groups();
+      task = merge.task(true);
     }
+    // Not in the branch: there, the compiler keeps shared memory's address in a vector register through the loops of
+    // the 64-row kernel (1 to 2 %).
+    merge.run(task);
   }
 }

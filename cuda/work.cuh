@@ -24,7 +24,7 @@ __device__ __forceinline__ i64 index_of_block(const DecodeParams& params, const 
   return i64(worker) * params.blocks_per_worker + (block.kv_head * params.row_blocks + block.row_block);
 }
 
-// Of out and lse, whose rows are [sequence, seq_len_q, num_heads].
+// Rows of out, and values of lse, before those of a sequence.
 __device__ __forceinline__ i64 first_row_of(const DecodeParams& params, i32 sequence) {
   return i64(sequence) * (params.seq_len_q * params.num_heads);  // mlacore/plan.py keeps the latter at 2^20
 }

@@ -167,7 +167,7 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
             "out_of_bounds": "CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE",
         },
         "dispatch": {
-            "rows": "seq_len_q * num_heads / num_kv_heads",
+            "rows": f"seq_len_q * num_heads / num_kv_heads; seq_len_q * num_heads is at most {params.MAX_QUERY_ROWS}",
             "tokens": "batch * max_seq_len, or unknown; the first rule that holds decides",
             "rules": [
                 {"rows_at_most": 16, "tile_rows": 16, "cluster_ctas": 1, "row_blocks": 1},

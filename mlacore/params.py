@@ -28,6 +28,8 @@ MAX_PLANNED_TILES = 1 << 29
 INVARIANT_SPLIT_TILES = 16
 MAX_INVARIANT_SPLITS = 64
 
+MAX_QUERY_ROWS = 1 << 20  # of a sequence: kernels find its partial states by 32-bit offsets
+
 WARP_THREADS = 32
 DECODE_THREADS = 384  # two consumer warpgroups and one of producers
 DECODE_SHARED_BYTES = 232448  # all that an SM90 block may have

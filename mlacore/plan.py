@@ -27,6 +27,7 @@ from mlacore.params import (
     ITEM_COST_TILES,
     MAX_INVARIANT_SPLITS,
     MAX_PLANNED_TILES,
+    MAX_QUERY_ROWS,
     TILE_TOKENS,
 )
 from mlacore.ranges import marked
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 MAX_WORKERS = 65535
 MAX_KV_HEADS = 65535
-MAX_QUERY_ROWS = 1 << 20  # of a sequence
 
 
 class _Remembered:
