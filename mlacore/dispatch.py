@@ -1,24 +1,24 @@
 """Which decode kernel serves a shape: query rows on the M side of the matrix units, or on N, and in what clusters.
 
 `mla_decode_sm90` puts 64 query rows on M. `mla_decode_swapped_sm90` puts tokens, then latent columns there and 16 or 32
-rows on N: few rows are not padded, states are small, code is short. Measured on an H100 (2026-11-22, graph replay, µs):
+rows on N: few rows are not padded, states are small, code is short. Measured on an H100 (2026-11-23, graph replay, µs):
 
 =====================  =======  =======  =======
 heads, batch, tokens   16 rows  32 rows  64 rows
 =====================  =======  =======  =======
-16, b=1, 4K                8.5      9.9     10.1
-16, b=1, 128K             58.1     58.9     60.0
-16, b=128, 16K           786.7    791.4    798.3
-32 (s_q=2), b=32, 8K     112.2    113.7    112.2
-128, b=1, 1K               8.2     10.4     11.1
-128, b=1, 4K              12.0     13.2     15.9
-128, b=1, 8K              16.2     17.2     19.1
-128, b=4, 4K              26.2     23.0     24.2
-128, b=16, 1K             23.9     22.7     25.0
-128, b=1, 32K                      33.2     32.8
-128, b=8, 4K                       35.8     33.3
-128, b=1, 64K                      52.6     48.8
-128, b=1, 128K                       94       76
+16, b=1, 4K                7.8      8.2     10.2
+16, b=1, 128K             56.9     57.6     59.9
+16, b=128, 16K           780.9    783.9    790.6
+32 (s_q=2), b=32, 8K     110.4    111.8    111.8
+128, b=1, 1K               7.9      8.6     11.0
+128, b=1, 4K              11.4     12.0     15.1
+128, b=1, 8K              15.9     15.8     18.1
+128, b=4, 4K              26.3     22.3     23.4
+128, b=16, 1K             23.4     23.1     24.4
+128, b=1, 32K                      34.4     32.8
+128, b=8, 4K                       36.3     32.7
+128, b=1, 64K                      58.1     48.7
+128, b=1, 128K                      104       76
 =====================  =======  =======  =======
 
 With more than 32 rows the swapped kernel works in clusters of two CTAs, which multicast every tile to each other;
