@@ -96,10 +96,14 @@ struct HeadsOnN {
   static constexpr u32 kRowGroups = kRows / 8;
   static constexpr u32 kGroupUnits = kHeadDimV / 16;
 
-  // [chunk][row group][warp][q][i]: the cells of a row pair that one warp holds are 128 bytes.
+  // [chunk][row group][warp][q][i]: the cells of a row pair that one warp holds are 128 bytes. A chunk and row group
+  // begins a fixed distance behind another, whichever the thread.
+  __device__ __forceinline__ static constexpr u32 begin_of(u32 chunk, u32 row_group) {
+    return (chunk * kRowGroups + row_group) * kWarpgroupThreads;
+  }
   __device__ __forceinline__ static u32 memory_index(u32 chunk, u32 row_group, u32 thread) {
     const u32 lane = thread % kWarpThreads;
-    return (chunk * kRowGroups + row_group) * kWarpgroupThreads + thread - lane + lane % 4 * 8 + lane / 4;
+    return begin_of(chunk, row_group) + thread - lane + lane % 4 * 8 + lane / 4;
   }
 
   // Units that hold one of the first `rows` rows; they come first.
@@ -113,7 +117,7 @@ struct HeadsOnN {
   __device__ __forceinline__ u32 first_row() const { return 2 * pair(); }
   __device__ __forceinline__ u32 second_row() const { return 2 * pair() + 1; }
   __device__ __forceinline__ u32 memory_index() const {
-    return (within / 4 * kRowGroups + row_group) * kWarpgroupThreads + within % 4 * kWarpThreads + lane;
+    return begin_of(within / 4, row_group) + within % 4 * kWarpThreads + lane;
   }
   __device__ __forceinline__ bool has_first_column() const { return within == 0 && lane % 8 == 0; }
 

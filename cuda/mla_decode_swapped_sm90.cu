@@ -284,7 +284,7 @@ struct Consumer {
     for (u32 step = 0; step < kStepsPerTile; ++step) {
 #pragma unroll
       for (u32 c = 0; c < kOwnChunks; ++c) {
-        wgmma_m64k16_ts<Element>(out[c], v + c * (kChunkBytes / 16) + step * kNMajorStep, p + step * kKMajorStep, 1);
+        wgmma_m64k16_ts<Element>(out[c], v + c * (kChunkBytes / 16) + step * kNMajorStep, p + step * kKMajorStep);
       }
     }
     wgmma_commit_group();
@@ -344,18 +344,14 @@ struct Consumer {
 
   __device__ __forceinline__ bool writes_lse() const { return group == 0 && warp == 0 && lane < 4; }
 
-  // A cell a row group and chunk.
   struct PartialState {
-    uint4* cells;
+    uint4* cells;  // this thread's, from the group's first chunk on
     uint4* lses;
     u32 launch;
   };
   __device__ __forceinline__ PartialState partial_state(const Merge& merge, i32 slot) const {
     return {merge.partial_cells(slot) + Cells::memory_index(group * kOwnChunks, 0, thread), merge.partial_lses(slot),
             merge.launch()};
-  }
-  __device__ __forceinline__ static constexpr u32 cell_of(u32 c, u32 j) {
-    return (c * kRowGroups + j) * kWarpgroupThreads;
   }
 
   __device__ __forceinline__ void write_partial(const PartialState& to) const {
@@ -365,7 +361,7 @@ struct Consumer {
 #pragma unroll
       for (u32 c = 0; c < kOwnChunks; ++c) {
         const float (&from)[kAccumulators] = out[c];
-        st_global_16(to.cells + cell_of(c, j),
+        st_global_16(to.cells + Cells::begin_of(c, j),
                      pack_cell(from[4 * j] * scale[2 * j], from[4 * j + 2] * scale[2 * j],
                                from[4 * j + 1] * scale[2 * j + 1], from[4 * j + 3] * scale[2 * j + 1], to.launch));
       }
@@ -392,7 +388,7 @@ struct Consumer {
             pairs[k] = ld_relaxed_gpu_16(other.lses + 4 * (j + k) + lane % 4);
 #pragma unroll
             for (u32 c = 0; c < kOwnChunks; ++c) {
-              parts[c][k] = ld_relaxed_gpu_16(other.cells + cell_of(c, j + k));
+              parts[c][k] = ld_relaxed_gpu_16(other.cells + Cells::begin_of(c, j + k));
             }
           }
 #pragma unroll

@@ -369,8 +369,8 @@ __device__ __forceinline__ void keep_order(float (&registers)[kCount]) {
                : MLA_ACC128                                                                         \
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
 
-// `N` accumulators follow the shape: 8 for n16, 16 for n32; the descriptors, the flag and the transposition of a come
-// next.
+// `N` accumulators follow the shape: 8 for n16, 16 for n32; the descriptors, the flag (`accumulate`) and the
+// transposition of a come next.
 #define MLA_WGMMA_M64K16_SS(SHAPE, TYPE, REGS, ACC, A, B, P, TRANSPOSED)                       \
   asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, " P ", 0;\n"                               \
                " wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGS "},"     \
@@ -401,10 +401,11 @@ __device__ __forceinline__ void wgmma_m64k16_ss(float (&d)[kAccumulators], u64 a
   }
 }
 
-// d[64 x N] = a[16 x 64]^T * b[N x 16]^T, plus d if `accumulate`; a M-major, b K-major in shared memory.
+// d[64 x N] += a[16 x 64]^T * b[N x 16]^T; a M-major, b K-major in shared memory.
 template <typename Element, int kAccumulators>
-__device__ __forceinline__ void wgmma_m64k16_ts(float (&d)[kAccumulators], u64 a, u64 b, u32 accumulate) {
+__device__ __forceinline__ void wgmma_m64k16_ts(float (&d)[kAccumulators], u64 a, u64 b) {
   static_assert(kAccumulators == 8 || kAccumulators == 16, "n16 and n32");
+  constexpr u32 accumulate = 1;
   if constexpr (kAccumulators == 8) {
     if constexpr (kIsSame<Element, Bf16>) {
       MLA_WGMMA_M64N16K16("bf16", "1");
