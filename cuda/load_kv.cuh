@@ -87,7 +87,9 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
         const i32 first_token = tile * i32(kTileTokens) + share, page = pages.page(first_token);
         if constexpr (kClusterCtas > 1) {
           const i32 ahead = first_token + params.prefetch_tiles * i32(kTileTokens);
-          if (params.prefetch_tiles > 0 && ahead < end * i32(kTileTokens)) {
+          // The first tiles are on their way at once: a prefetch would only hold them up.
+          const bool is_early = item.is_first && tile < item.begin_tile + i32(kStages);
+          if (params.prefetch_tiles > 0 && !is_early && ahead < end * i32(kTileTokens)) {
             const i32 page_ahead = pages.page(ahead), row = ahead & page_mask;
             if (lane == 0 && u32(page_ahead) < u32(params.num_pages)) {
               constexpr i32 kRowElems = kChunks * kChunkColumns;

@@ -31,7 +31,7 @@
 // params.launches, of a plan.
 struct LaunchCounters {
   u32 started;  // CTAs of the present launch, modulo their number
-  u32 number;   // of launches before; the cells of this one carry one more
+  u32 number;   // of launches before, modulo kLaunchNumbers
 };
 
 // The splits of a sequence that this worker may share with others. Only its first and its last item can be such.
@@ -85,10 +85,11 @@ struct MergeShared {
   Slice slices[2];       // its own, of more than two splits
   u32 is_second[2];      // of these items, if one of two splits: the other split has claimed before
   u32 standing[2];
-  u32 launch;            // number that this launch's cells carry
+  u32 mark;              // that this launch's cells carry
+  u32 clear_turn;        // what this launch clears of slots that it does not use
   u32 items_done;
   i32 next_split;        // from thread 0 to the others
-  u64 ready;             // mbarrier: groups and launch have been read
+  u64 ready;             // mbarrier: groups and mark are known
   u64 claimed[2];        // mbarriers: is_second is known
 };
 
@@ -106,8 +107,13 @@ struct SumOfTwo {
     lse = log_sum_exp(top, total);
   }
   // Products are rounded before they are added, so that the order does not matter.
-  __device__ __forceinline__ float of(float own, float other) const {
-    return __fadd_rn(__fmul_rn(without_last_bits(own), own_weight), __fmul_rn(other, other_weight));
+  template <typename Cell>
+  __device__ __forceinline__ void add(const Cell& own, const Cell& other, float (&sums)[Cell::kValues]) const {
+    const float own_unit = own.unit(own_weight), other_unit = other.unit(other_weight);
+#pragma unroll
+    for (u32 i = 0; i < Cell::kValues; ++i) {
+      sums[i] = __fadd_rn(__fmul_rn(own.number(i), own_unit), __fmul_rn(other.number(i), other_unit));
+    }
   }
 };
 
@@ -135,7 +141,7 @@ class SplitMerge {
   __device__ __forceinline__ void announce() const {
     const u32 lane = threadIdx.x % kWarpThreads;
     LaunchCounters* launches = reinterpret_cast<LaunchCounters*>(params_.launches);
-    const u32 launch = ld_relaxed_gpu(&launches->number);
+    const u32 number = ld_relaxed_gpu(&launches->number);
     const WorkerItems items(params_, block_.worker);
     SplitGroup group;
     group.num_splits = 0;
@@ -144,14 +150,17 @@ class SplitMerge {
     }
     if (lane < 2) shared_.groups[lane] = group;
     if (group.is_many()) shared_.slices[lane] = slice_of(group, block_.worker - group.first_worker);
-    if (lane == 0) shared_.launch = launch + 1;
+    if (lane == 0) {
+      shared_.mark = 1 + number % kMarks;
+      shared_.clear_turn = number % kClearTurns;
+    }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared_address(&shared_.ready));
     if (lane == 2) {
       const u32 last = gridDim.x * gridDim.y * gridDim.z - 1;
-      // All CTAs have read the number when the last of them gets here. No cell carries 0, as memory does at first.
+      // All CTAs have read the number when the last of them gets here.
       if (atom_inc_acq_rel_gpu(&launches->started, last) == last) {
-        st_relaxed_gpu(&launches->number, launch == 0xfffffffeu ? 0 : launch + 1);
+        st_relaxed_gpu(&launches->number, number == kLaunchNumbers - 1 ? 0 : number + 1);
       }
     }
     bool starts_last = false;
@@ -217,6 +226,23 @@ class SplitMerge {
     set_standing(lane, kAllStarted);
   }
 
+  // Clears a stretch of those of the worker's slots to which no state goes in this launch. When claims have been told.
+  __device__ __forceinline__ void clear_unused() const {
+    constexpr u32 kStretch = Cells::kCells / kClearTurns;
+    static_assert(kStretch * kClearTurns == Cells::kCells && kStretch <= kWarpThreads, "a cell a lane");
+    static_assert(Cells::kRowPairs <= kWarpThreads, "those at once");
+    const u32 lane = threadIdx.x % kWarpThreads;
+    __syncwarp();
+#pragma unroll 1
+    for (u32 i = 0; i < 2; ++i) {
+      const i32 num_splits = shared_.groups[i].num_splits;
+      if (num_splits > 2 || (num_splits == 2 && !shared_.is_second[i])) continue;
+      const i32 slot = partial_slot(block_.worker, i == 0);
+      if (lane < kStretch) st_global_16(partial_cells(slot) + shared_.clear_turn * kStretch + lane, {0, 0, 0, 0});
+      if (lane < Cells::kRowPairs) st_global_16(partial_lses(slot) + lane, {0, 0, 0, 0});
+    }
+  }
+
   // ---- the consumers, at the end of an item ----
 
   // Before anything below.
@@ -224,7 +250,7 @@ class SplitMerge {
   __device__ __forceinline__ bool is_split(const Item& item) const {
     return (item.is_first || item.is_last) && group_of(item.is_first).num_splits > 1;
   }
-  __device__ __forceinline__ u32 launch() const { return shared_.launch; }
+  __device__ __forceinline__ u32 mark() const { return shared_.mark; }
   __device__ __forceinline__ i32 own_slot(const Item& item) const { return partial_slot(block_.worker, item.is_first); }
 
   // Two splits. The first writes its state, the second reads it.
@@ -272,6 +298,7 @@ class SplitMerge {
 
  private:
   static constexpr i32 kWarps = kThreads / kWarpThreads;
+  using Cell = typename Cells::Cell;
   static constexpr u32 kUnitCells = Cells::kUnitCells;
   // Splits of which a lane loads its cells at once: a merge waits on L2, not on arithmetic.
   static constexpr i32 kBatch = kUnitCells == 1 ? 8 : 4;
@@ -279,35 +306,30 @@ class SplitMerge {
 
   // A lane's cells of some splits, added up relative to `top`, the largest of their log-sum-exps.
   struct alignas(16) State {
-    float4 sum[kUnitCells];
-    float2 total;
-    float2 top;
+    float sum[kUnitCells][Cell::kValues];
+    float total;
+    float top;
 
-    // Makes it relative to a larger `top`; what all exponents are to be taken to.
-    __device__ __forceinline__ float2 raise(float2 to) {
-      top = {fmaxf(top.x, to.x), fmaxf(top.y, to.y)};
-      return {finite_or_zero(top.x), finite_or_zero(top.y)};
-    }
-    __device__ __forceinline__ void scale(float2 weight) {
-      total = {total.x * weight.x, total.y * weight.y};
+    // Makes it relative to a larger `top`; returns what all exponents are to be taken to.
+    __device__ __forceinline__ float raise(float to) {
+      const float old_top = top;
+      top = fmaxf(top, to);
+      const float base = finite_or_zero(top), weight = ex2(old_top - base);
+      total *= weight;
 #pragma unroll
       for (u32 c = 0; c < kUnitCells; ++c) {
-        sum[c] = {sum[c].x * weight.x, sum[c].y * weight.x, sum[c].z * weight.y, sum[c].w * weight.y};
+#pragma unroll
+        for (u32 i = 0; i < Cell::kValues; ++i) sum[c][i] *= weight;
       }
-    }
-    __device__ __forceinline__ void add(u32 c, float2 weight, const float4& part) {
-      sum[c].x += weight.x * part.x;
-      sum[c].y += weight.x * part.y;
-      sum[c].z += weight.y * part.z;
-      sum[c].w += weight.y * part.w;
+      return base;
     }
   };
   static_assert(sizeof(State) <= 96, "more than the scratch has for a thread");
 
-  // Where the two rows of a unit go: null for one that does not exist, and lse for all lanes but one.
+  // Where a lane's row goes: null if it does not exist, and lse for all lanes but one.
   struct Place {
-    u16* out[2];
-    float* lse[2];
+    u16* out;
+    float* lse;
   };
 
   const DecodeParams& params_;
@@ -419,15 +441,16 @@ class SplitMerge {
   __device__ __forceinline__ State sum_of_splits(const SplitGroup& group, i32 unit, i32 begin, i32 end,
                                                  Place& place) const {
     const Cells at(unit);
-    const bool exists = i32(at.first_row()) < block_.num_rows(params_);
+    const bool exists = i32(at.row()) < block_.num_rows(params_);
     // From one split to the next it is two slots, but for the first, which may be its worker's last item. A slot has
     // less than 2^32 bytes: mlacore/plan.py limits the rows.
     const u32 lse_slot = u32(params_.blocks_per_worker) * Cells::kRowPairs * kCellBytes;
     const u32 slot = u32(params_.blocks_per_worker) * Cells::kCells * kCellBytes;
     const uint4* const first_lse_cell = partial_lses(2 * group.first_worker) + at.pair();
-    const uint4* const first_cell = partial_cells(2 * group.first_worker) + at.memory_index();
+    const uint4* const first_cell =
+        partial_cells(2 * group.first_worker) + u32(unit) * (kUnitCells * kWarpThreads) + at.lane;
     const u32 first_is_odd = group.first_begins_worker ? 0 : 1;
-    State state = {{}, {}, {-infinity(), -infinity()}};
+    State state = {{}, 0.f, -infinity()};
 #pragma unroll 1
     for (i32 first = begin; first < end; first += kBatch) {
       const uint4 *lse_cell[kBatch], *cell[kBatch];
@@ -443,50 +466,49 @@ class SplitMerge {
       for (i32 i = 0; i < kBatch; ++i) {
         lses[i] = ld_relaxed_gpu_16(lse_cell[i]);
 #pragma unroll
-        for (u32 c = 0; c < kUnitCells; ++c) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * Cells::kCellStride);
+        for (u32 c = 0; c < kUnitCells; ++c) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * kWarpThreads);
       }
       if (first == begin) place = place_of(group, at);
-      const u32 launch = shared_.launch;
+      const u32 mark = shared_.mark;
       Watchdog watchdog;
 #pragma unroll 1
       while (true) {
         bool is_there = true;
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
-          is_there = is_there && lses[i].w == launch;
+          is_there = is_there && is_marked_lse(lses[i], mark);
 #pragma unroll
-          for (u32 c = 0; c < kUnitCells; ++c) is_there = is_there && cells[i][c].w == launch;
+          for (u32 c = 0; c < kUnitCells; ++c) is_there = is_there && Cell::is_marked(cells[i][c], mark);
         }
         if (__all_sync(0xffffffffu, is_there || !exists)) break;
         watchdog.turn();
 #pragma unroll
         for (i32 i = 0; i < kBatch; ++i) {
-          if (lses[i].w != launch) lses[i] = ld_relaxed_gpu_16(lse_cell[i]);
+          if (!is_marked_lse(lses[i], mark)) lses[i] = ld_relaxed_gpu_16(lse_cell[i]);
 #pragma unroll
           for (u32 c = 0; c < kUnitCells; ++c) {
-            if (cells[i][c].w != launch) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * Cells::kCellStride);
+            if (!Cell::is_marked(cells[i][c], mark)) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * kWarpThreads);
           }
         }
       }
+      float lse[kBatch], top = -infinity();
 #pragma unroll
       for (i32 i = 0; i < kBatch; ++i) {
-        if (first + i >= end || !exists) lses[i] = pack_lse(-infinity(), -infinity(), launch);
+        lse[i] = first + i < end && exists ? unpack_lse(lses[i], at.row_of_pair()) : -infinity();
+        top = fmaxf(top, lse[i]);
       }
-      const float2 old_top = state.top;
-      float2 top = {-infinity(), -infinity()};
+      const float base = state.raise(top);
 #pragma unroll
       for (i32 i = 0; i < kBatch; ++i) {
-        const float2 lse = unpack_lse(lses[i]);
-        top = {fmaxf(top.x, lse.x), fmaxf(top.y, lse.y)};
-      }
-      const float2 base = state.raise(top);
-      state.scale({ex2(old_top.x - base.x), ex2(old_top.y - base.y)});
+        const float weight = ex2(lse[i] - base);
+        state.total += weight;
 #pragma unroll
-      for (i32 i = 0; i < kBatch; ++i) {
-        const float2 lse = unpack_lse(lses[i]), weight = {ex2(lse.x - base.x), ex2(lse.y - base.y)};
-        state.total = {state.total.x + weight.x, state.total.y + weight.y};
+        for (u32 c = 0; c < kUnitCells; ++c) {
+          const Cell values(cells[i][c]);
+          const float unit_of_values = values.unit(weight);
 #pragma unroll
-        for (u32 c = 0; c < kUnitCells; ++c) state.add(c, weight, unpack_cell(cells[i][c]));
+          for (u32 k = 0; k < Cell::kValues; ++k) state.sum[c][k] += values.number(k) * unit_of_values;
+        }
       }
     }
     return state;
@@ -494,25 +516,27 @@ class SplitMerge {
 
   // Of the parts that this warp and those after it have put into the scratch.
   __device__ __forceinline__ State sum_of_parts(i32 parts) const {
-    State merged = {{}, {}, {-infinity(), -infinity()}};
+    State merged = {{}, 0.f, -infinity()};
 #pragma unroll 1
     for (i32 first = 0; first < parts; first += kPartBatch) {
       State others[kPartBatch];
-      float2 top = {-infinity(), -infinity()};
+      float top = -infinity();
 #pragma unroll
       for (i32 i = 0; i < kPartBatch; ++i) {
         others[i] = scratch_[threadIdx.x + u32(min(first + i, parts - 1)) * kWarpThreads];
-        top = {fmaxf(top.x, others[i].top.x), fmaxf(top.y, others[i].top.y)};
+        if (first + i >= parts) others[i].top = -infinity();
+        top = fmaxf(top, others[i].top);
       }
-      const float2 old_top = merged.top, base = merged.raise(top);
-      merged.scale({ex2(old_top.x - base.x), ex2(old_top.y - base.y)});
+      const float base = merged.raise(top);
 #pragma unroll
       for (i32 i = 0; i < kPartBatch; ++i) {
-        if (first + i >= parts) others[i].top = {-infinity(), -infinity()};
-        const float2 weight = {ex2(others[i].top.x - base.x), ex2(others[i].top.y - base.y)};
-        merged.total = {merged.total.x + weight.x * others[i].total.x, merged.total.y + weight.y * others[i].total.y};
+        const float weight = ex2(others[i].top - base);
+        merged.total += weight * others[i].total;
 #pragma unroll
-        for (u32 c = 0; c < kUnitCells; ++c) merged.add(c, weight, others[i].sum[c]);
+        for (u32 c = 0; c < kUnitCells; ++c) {
+#pragma unroll
+          for (u32 k = 0; k < Cell::kValues; ++k) merged.sum[c][k] += weight * others[i].sum[c][k];
+        }
       }
     }
     return merged;
@@ -520,26 +544,15 @@ class SplitMerge {
 
   __device__ __forceinline__ Place place_of(const SplitGroup& group, const Cells& at) const {
     const i64 first_row = first_row_of(params_, group.sequence);
-    const u32 row[2] = {at.first_row(), at.second_row()};
-    Place place;
-#pragma unroll
-    for (u32 i = 0; i < 2; ++i) {
-      const i32 out_row = rows_.out_row[row[i]];
-      place.out[i] = out_row < 0 ? nullptr : params_.out + (first_row + out_row) * kHeadDimV;
-      place.lse[i] = out_row < 0 || !at.has_first_column() ? nullptr : params_.lse + first_row + rows_.lse_row[row[i]];
-    }
-    return place;
+    const u32 row = at.row();
+    const i32 out_row = rows_.out_row[row];
+    return {out_row < 0 ? nullptr : params_.out + (first_row + out_row) * kHeadDimV,
+            out_row < 0 || !at.has_first_column() ? nullptr : params_.lse + first_row + rows_.lse_row[row]};
   }
 
   // A unit of out, and lse once for each row.
   __device__ __forceinline__ void write(i32 unit, const State& state, const Place& place) const {
-    const float total[2] = {state.total.x, state.total.y}, top[2] = {state.top.x, state.top.y};
-    float scale[2];
-#pragma unroll
-    for (u32 i = 0; i < 2; ++i) {
-      scale[i] = inverse_sum(total[i]);
-      if (place.lse[i] != nullptr) *place.lse[i] = log_sum_exp(top[i], total[i]) * kLn2;
-    }
-    Cells(unit).template store<Element>(place.out, state.sum, scale);
+    if (place.lse != nullptr) *place.lse = log_sum_exp(state.top, state.total) * kLn2;
+    Cells(unit).template store<Element>(place.out, state.sum, inverse_sum(state.total));
   }
 };

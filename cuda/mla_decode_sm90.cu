@@ -77,9 +77,11 @@
 #include "work.cuh"
 
 using Element = MLA_ELEMENT;
+using Cell = HeadsOnM::Cell;
 
 constexpr u32 kGroupColumns = kHeadDimV / kConsumerGroups;
 constexpr u32 kGroupChunks = kGroupColumns / kChunkColumns;
+constexpr u32 kGroupCells = kGroupColumns / HeadsOnM::kCellColumns;  // of a row, a thread's in a partial state
 constexpr u32 kRopeChunk = kChunks - 1;
 
 static_assert(kTileRows == 64, "WGMMA works on 64 rows");
@@ -362,10 +364,10 @@ struct Consumer {
     }
     if (is_split && !merge.adds_other(item)) {
       const i32 slot = merge.own_slot(item);
-      write_partial(merge.partial_cells(slot), merge.partial_lses(slot), lse, scale, merge.launch());
+      write_partial(merge.partial_cells(slot), merge.partial_lses(slot), lse, scale, merge.mark());
     } else if (is_split) {
       const i32 slot = merge.other_slot(item.is_first);
-      write_sum(item, merge.partial_cells(slot), merge.partial_lses(slot), lse, scale, merge.launch());
+      write_sum(item, merge.partial_cells(slot), merge.partial_lses(slot), lse, scale, merge.mark());
     } else {
 #pragma unroll
       for (u32 i = 0; i < 2; ++i) {
@@ -375,17 +377,26 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void write_partial(uint4* cells, uint4* lses, const float (&lse)[2],
-                                                const float (&scale)[2], u32 launch) {
-    if (shared.rows.out_row[row] >= 0) {
+  // The accumulators of row i of the thread in cell `c` of its group.
+  __device__ __forceinline__ Cell cell(u32 i, u32 c, float scale) const {
+    float values[Cell::kValues];
 #pragma unroll
-      for (u32 j = 0; j < kGroupColumns / 8; ++j) {
-        st_global_16(cells + HeadsOnM::memory_index(group * kGroupColumns / 8 + j, thread),
-                     pack_cell(out[4 * j] * scale[0], out[4 * j + 1] * scale[0], out[4 * j + 2] * scale[1],
-                               out[4 * j + 3] * scale[1], launch));
+    for (u32 k = 0; k < Cell::kValues; ++k) values[k] = out[16 * c + k / 2 * 4 + 2 * i + k % 2];
+    return {values, scale};
+  }
+
+  __device__ __forceinline__ void write_partial(uint4* cells, uint4* lses, const float (&lse)[2],
+                                                const float (&scale)[2], u32 mark) {
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      if (shared.rows.out_row[row + 8 * i] < 0) continue;
+#pragma unroll
+      for (u32 c = 0; c < kGroupCells; ++c) {
+        st_global_16(cells + HeadsOnM::memory_index(group * kGroupCells + c, i, thread),
+                     cell(i, c, scale[i]).packed(mark));
       }
-      if (group == 0 && lane % 4 == 0) {
-        st_global_16(lses + HeadsOnM::pair_of(thread), pack_lse(lse[0], lse[1], launch));
+      if (i == 0 && group == 0 && lane % 4 == 0) {
+        st_global_16(lses + HeadsOnM::pair_of(thread), pack_lse(lse[0], lse[1], mark));
       }
     }
   }
@@ -393,23 +404,21 @@ struct Consumer {
   // The sum of this state and the other of two splits. It does not go through the accumulators, which would serialise
   // the WGMMAs: what writes them must not stand in a branch.
   __device__ __forceinline__ void write_sum(const Item& item, const uint4* cells, const uint4* lses,
-                                            const float (&lse)[2], const float (&scale)[2], u32 launch) {
+                                            const float (&lse)[2], const float (&scale)[2], u32 mark) {
     SumOfTwo both[2];
-    const uint4* const own_cells = cells + HeadsOnM::memory_index(group * kGroupColumns / 8, thread);
+    const uint4* const own_cells = cells + HeadsOnM::memory_index(group * kGroupCells, 0, thread);
+    write_sum_part<0, 3>(item, own_cells, lses + HeadsOnM::pair_of(thread), lse, scale, mark, both);
     // Cells on their way at once; as accumulators are done with, there is room for more.
-    write_sum_part<0, 8>(item, own_cells, lses + HeadsOnM::pair_of(thread), lse, scale, launch, both);
-    write_sum_part<8, 12>(item, own_cells, nullptr, lse, scale, launch, both);
-    write_sum_part<20, 12>(item, own_cells, nullptr, lse, scale, launch, both);
+    write_sum_part<3, 5>(item, own_cells, nullptr, lse, scale, mark, both);
   }
 
-  // Of cells [kFirst, kFirst + kCount); the first part finds `both` and writes lse.
+  // Of cells [kFirst, kFirst + kCount) of both rows; the first part finds `both` and writes lse.
   template <u32 kFirst, u32 kCount>
   __device__ __forceinline__ void write_sum_part(const Item& item, const uint4* cells, const uint4* pair_lse,
-                                                 const float (&lse)[2], const float (&scale)[2], u32 launch,
+                                                 const float (&lse)[2], const float (&scale)[2], u32 mark,
                                                  SumOfTwo (&both)[2]) {
-    constexpr u32 kWords = 4;
     const bool exists[2] = {shared.rows.out_row[row] >= 0, shared.rows.out_row[row + 8] >= 0};
-    uint4 pair, parts[kCount];
+    uint4 pair, parts[2][kCount];
     bool is_there;
     Watchdog watchdog;
     do {
@@ -417,35 +426,39 @@ struct Consumer {
       is_there = true;
       if constexpr (kFirst == 0) pair = ld_relaxed_gpu_16(pair_lse);
 #pragma unroll
-      for (u32 j = 0; j < kCount; ++j) parts[j] = ld_relaxed_gpu_16(cells + (kFirst + j) * HeadsOnM::kCellStride);
-      if constexpr (kFirst == 0) is_there = pair.w == launch;
+      for (u32 i = 0; i < 2; ++i) {
 #pragma unroll
-      for (u32 j = 0; j < kCount; ++j) is_there = is_there && parts[j].w == launch;
-    } while (!__all_sync(0xffffffffu, is_there || !exists[0]));
-    if constexpr (kFirst == 0) {
-      both[0] = {lse[0], unpack_lse(pair).x};
-      both[1] = {lse[1], unpack_lse(pair).y};
-#pragma unroll
-      for (u32 i = 0; i < 2; ++i) write_lse(item, i, both[i].lse);
-    }
-#pragma unroll
-    for (u32 j = 0; j < kCount; j += kWords) {
-      u32 words[2][kWords];
-#pragma unroll
-      for (u32 k = 0; k < kWords; ++k) {
-        const float4 from = unpack_cell(parts[j + k]);
-        const u32 at = 4 * (kFirst + j + k);
-        words[0][k] =
-            cvt_pack<Element>(both[0].of(out[at] * scale[0], from.x), both[0].of(out[at + 1] * scale[0], from.y));
-        words[1][k] =
-            cvt_pack<Element>(both[1].of(out[at + 2] * scale[1], from.z), both[1].of(out[at + 3] * scale[1], from.w));
+        for (u32 c = 0; c < kCount; ++c) {
+          parts[i][c] = ld_relaxed_gpu_16(cells + HeadsOnM::memory_index(kFirst + c, i, 0));
+        }
       }
+      if constexpr (kFirst == 0) is_there = is_marked_lse(pair, mark) || !exists[0];
 #pragma unroll
       for (u32 i = 0; i < 2; ++i) {
-        transpose_quad(words[i]);
+#pragma unroll
+        for (u32 c = 0; c < kCount; ++c) is_there = is_there && (Cell::is_marked(parts[i][c], mark) || !exists[i]);
+      }
+    } while (!__all_sync(0xffffffffu, is_there));
+    if constexpr (kFirst == 0) {
+#pragma unroll
+      for (u32 i = 0; i < 2; ++i) {
+        both[i] = {lse[i], unpack_lse(pair, i)};
+        write_lse(item, i, both[i].lse);
+      }
+    }
+#pragma unroll
+    for (u32 c = 0; c < kCount; ++c) {
+#pragma unroll
+      for (u32 i = 0; i < 2; ++i) {
+        float sums[Cell::kValues];
+        both[i].add(cell(i, kFirst + c, scale[i]), Cell(parts[i][c]), sums);
+        u32 words[4];
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) words[k] = cvt_pack<Element>(sums[2 * k], sums[2 * k + 1]);
+        transpose_quad(words);
         if (!exists[i]) continue;
-        *reinterpret_cast<uint4*>(out_row(item, i) + lane % 4 * 8 + 8 * (kFirst + j)) = {words[i][0], words[i][1],
-                                                                                         words[i][2], words[i][3]};
+        *reinterpret_cast<uint4*>(out_row(item, i) + (kFirst + c) * HeadsOnM::kCellColumns + lane % 4 * 8) = {
+            words[0], words[1], words[2], words[3]};
       }
     }
   }

@@ -60,6 +60,7 @@
 
 using Element = MLA_ELEMENT;
 using Cells = HeadsOnN<kTileRows>;
+using Cell = Cells::Cell;
 
 constexpr u32 kRowGroups = kTileRows / 8;
 constexpr u32 kOwnRows = kTileRows / kConsumerGroups;  // whose softmax a group does
@@ -69,6 +70,7 @@ constexpr u32 kThreadRows = kTileRows / 4;    // query rows that a thread has ac
 constexpr u32 kOwnThreadRows = kOwnRows / 4;  // and scores, once both halves are added up
 constexpr u32 kOwnColumns = kHeadDimV / kConsumerGroups;  // of the latent, which a group has of O
 constexpr u32 kOwnChunks = kOwnColumns / kChunkColumns;
+constexpr u32 kRowCells = kOwnChunks / Cells::kCellChunks;  // of a row, a thread's in a partial state
 constexpr u32 kOwnSteps = kStepsPerChunk / kConsumerGroups;  // of each chunk, which a group has of K Q^T
 constexpr u32 kRowChunkBytes = kTileRows * kChunkRowBytes;   // 64 columns of all query rows
 
@@ -345,13 +347,22 @@ struct Consumer {
   __device__ __forceinline__ bool writes_lse() const { return group == 0 && warp == 0 && lane < 4; }
 
   struct PartialState {
-    uint4* cells;  // this thread's, from the group's first chunk on
+    uint4* cells;  // this thread's first one
     uint4* lses;
-    u32 launch;
+    u32 mark;
   };
   __device__ __forceinline__ PartialState partial_state(const Merge& merge, i32 slot) const {
-    return {merge.partial_cells(slot) + Cells::memory_index(group * kOwnChunks, 0, thread), merge.partial_lses(slot),
-            merge.launch()};
+    return {merge.partial_cells(slot) + Cells::memory_index(group, thread), merge.partial_lses(slot), merge.mark()};
+  }
+
+  // Of row 8 j + 2 q + e, chunks kCellChunks * `chunks` of the group and on.
+  __device__ __forceinline__ Cell cell(u32 j, u32 e, u32 chunks) const {
+    float values[Cell::kValues];
+#pragma unroll
+    for (u32 k = 0; k < Cell::kValues; ++k) {
+      values[k] = out[chunks * Cells::kCellChunks + k / 2][4 * j + 2 * (k % 2) + e];
+    }
+    return {values, scale[2 * j + e]};
   }
 
   __device__ __forceinline__ void write_partial(const PartialState& to) const {
@@ -359,13 +370,13 @@ struct Consumer {
     for (u32 j = 0; j < kRowGroups; ++j) {
       if (i32(row_of(2 * j)) >= num_rows) break;
 #pragma unroll
-      for (u32 c = 0; c < kOwnChunks; ++c) {
-        const float (&from)[kAccumulators] = out[c];
-        st_global_16(to.cells + Cells::begin_of(c, j),
-                     pack_cell(from[4 * j] * scale[2 * j], from[4 * j + 2] * scale[2 * j],
-                               from[4 * j + 1] * scale[2 * j + 1], from[4 * j + 3] * scale[2 * j + 1], to.launch));
+      for (u32 e = 0; e < 2; ++e) {
+#pragma unroll
+        for (u32 c = 0; c < kRowCells; ++c) {
+          st_global_16(to.cells + Cells::begin_of(j, e, c), cell(j, e, c).packed(to.mark));
+        }
       }
-      if (writes_lse()) st_global_16(to.lses + 4 * j + lane, pack_lse(lse[2 * j], lse[2 * j + 1], to.launch));
+      if (writes_lse()) st_global_16(to.lses + 4 * j + lane, pack_lse(lse[2 * j], lse[2 * j + 1], to.mark));
     }
   }
 
@@ -376,7 +387,7 @@ struct Consumer {
     uint4 (&staged)[kOwnChunks][2][16] = shared.exchange[group][warp].out;
 #pragma unroll
     for (u32 j = 0; j < kRowGroups; j += 2) {
-      uint4 pairs[2], parts[kOwnChunks][2];  // the other state's
+      uint4 pairs[2], parts[4][kRowCells];  // the other state's, index 2 k + e for row group j + k
       if constexpr (kAddsOther) {
         bool is_there;
         Watchdog watchdog;
@@ -384,30 +395,42 @@ struct Consumer {
           watchdog.turn();
           is_there = true;
 #pragma unroll
-          for (u32 k = 0; k < 2; ++k) {
-            pairs[k] = ld_relaxed_gpu_16(other.lses + 4 * (j + k) + lane % 4);
+          for (u32 k = 0; k < 2; ++k) pairs[k] = ld_relaxed_gpu_16(other.lses + 4 * (j + k) + lane % 4);
 #pragma unroll
-            for (u32 c = 0; c < kOwnChunks; ++c) {
-              parts[c][k] = ld_relaxed_gpu_16(other.cells + Cells::begin_of(c, j + k));
+          for (u32 i = 0; i < 4; ++i) {
+#pragma unroll
+            for (u32 c = 0; c < kRowCells; ++c) {
+              parts[i][c] = ld_relaxed_gpu_16(other.cells + Cells::begin_of(j + i / 2, i % 2, c));
             }
           }
 #pragma unroll
-          for (u32 k = 0; k < 2; ++k) {
-            bool has_pair = pairs[k].w == other.launch;
+          for (u32 i = 0; i < 4; ++i) {
+            bool has_row = is_marked_lse(pairs[i / 2], other.mark);
 #pragma unroll
-            for (u32 c = 0; c < kOwnChunks; ++c) has_pair = has_pair && parts[c][k].w == other.launch;
-            is_there = is_there && (has_pair || i32(row_of(2 * (j + k))) >= num_rows);
+            for (u32 c = 0; c < kRowCells; ++c) has_row = has_row && Cell::is_marked(parts[i][c], other.mark);
+            is_there = is_there && (has_row || i32(row_of(2 * (j + i / 2))) >= num_rows);
           }
         } while (!__all_sync(0xffffffffu, is_there));
       }
-      SumOfTwo both[4];
+      float values[4][2 * kOwnChunks];
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
         float row_lse = lse[2 * j + i];
         if constexpr (kAddsOther) {
-          const float2 other_lse = unpack_lse(pairs[i / 2]);
-          both[i] = {row_lse, i % 2 == 0 ? other_lse.x : other_lse.y};
-          row_lse = both[i].lse;
+          const SumOfTwo both(row_lse, unpack_lse(pairs[i / 2], i % 2));
+          row_lse = both.lse;
+#pragma unroll
+          for (u32 c = 0; c < kRowCells; ++c) {
+            float sums[Cell::kValues];
+            both.add(cell(j + i / 2, i % 2, c), Cell(parts[i][c]), sums);
+#pragma unroll
+            for (u32 k = 0; k < Cell::kValues; ++k) values[i][c * Cell::kValues + k] = sums[k];
+          }
+        } else {
+#pragma unroll
+          for (u32 k = 0; k < 2 * kOwnChunks; ++k) {
+            values[i][k] = out[k / 2][4 * (j + i / 2) + 2 * (k % 2) + i % 2] * scale[2 * j + i];
+          }
         }
         const u32 row = row_of(2 * j + i);
         if (writes_lse() && shared.rows.out_row[row] >= 0) {
@@ -417,20 +440,11 @@ struct Consumer {
       __syncwarp();  // what was staged before has been read
 #pragma unroll
       for (u32 c = 0; c < kOwnChunks; ++c) {
-        u32 packed[4];
+        u32 packed[4];  // index 2 k + h: columns i + 8 h of two rows
 #pragma unroll
-        for (u32 k = 0; k < 2; ++k) {
-          float value[4];
-#pragma unroll
-          for (u32 e = 0; e < 4; ++e) value[e] = out[c][4 * (j + k) + e] * scale[2 * (j + k) + e % 2];
-          if constexpr (kAddsOther) {
-            const float4 part = unpack_cell(parts[c][k]);
-            const float from[4] = {part.x, part.z, part.y, part.w};  // in the order of accumulators
-#pragma unroll
-            for (u32 e = 0; e < 4; ++e) value[e] = both[2 * k + e % 2].of(value[e], from[e]);
-          }
-          packed[2 * k] = cvt_pack<Element>(value[0], value[1]);
-          packed[2 * k + 1] = cvt_pack<Element>(value[2], value[3]);
+        for (u32 i = 0; i < 4; ++i) {
+          const u32 k = i / 2 * 2, at = 2 * c + i % 2;
+          packed[i] = cvt_pack<Element>(values[k][at], values[k + 1][at]);
         }
         stmatrix_x4_trans(shared_address(&staged[c][lane / 8 % 2][lane / 16 * 8 + lane % 8]), packed[0], packed[1],
                           packed[2], packed[3]);

@@ -269,7 +269,7 @@ __device__ __forceinline__ void st_shared_zero_16(u32 address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0u) : "memory");
 }
 
-// ---- arithmetic ("ex2.approx, lg2.approx, rcp.approx, cvt") --------------------------------------------------------
+// ---- arithmetic ("ex2.approx, lg2.approx, rcp.approx, max.NaN, cvt") -----------------------------------------------
 
 __device__ __forceinline__ float ex2(float x) {
   float y;
@@ -281,6 +281,13 @@ __device__ __forceinline__ float lg2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// NaN if either is.
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float top;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(top) : "f"(x), "f"(y));
+  return top;
 }
 
 __device__ __forceinline__ float rcp(float x) {

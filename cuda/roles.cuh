@@ -71,7 +71,10 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
       await_start<kClusterCtas>();
       if (warp == 1) merge.announce();
       load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, merge, warp - 1);
-      if (warp == 1) merge.watch();
+      if (warp == 1) {
+        merge.watch();
+        merge.clear_unused();
+      }
     }
   } else {
     setmaxnreg_inc<kConsumerRegisters>();

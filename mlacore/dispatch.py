@@ -21,8 +21,8 @@ heads, batch, tokens   16 rows  32 rows  64 rows
 128, b=1, 128K                      104       76
 =====================  =======  =======  =======
 
-With more than 32 rows the swapped kernel works in clusters of two CTAs, which multicast every tile to each other;
-several clusters take the rows of a sequence. It has the smaller states to merge, but fewer rows a tile: it wins while
+With more than 32 rows the swapped kernel works in clusters of two CTAs of 16, which multicast every tile to each other;
+several clusters take the rows of a sequence. It starts and merges sooner, but needs more time a tile: it wins while
 there are few tokens in all, which is known only if the caller says so (``max_seq_len`` of `mlacore.plan_decode`).
 Clusters of four or eight leave SMs idle, 12 of an H100's 132, and lose 5 to 15 %.
 """
@@ -31,11 +31,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlacore.params import TILE_ROWS
+from mlacore.params import HEAD_DIM_V, TILE_ROWS
 
-FEW_TOKENS_16_ROWS = 8192  # tokens of a batch up to which CTAs of 16 rows are fastest for more than 32 rows
-FEW_TOKENS_32_ROWS = 24576
-MAX_CLUSTER_ROWS = 128
+# Up to how many tokens of a batch, times clusters of 32 rows, CTAs of 16 rows are fastest for more than 32 rows.
+FEW_CLUSTER_TOKENS = 20480
+MAX_CLUSTER_ROWS = 128  # of a KV head; more rows are for 64 rows a CTA
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,11 @@ class KernelShape:
         kernel = "mla_decode_sm90" if self.tile_rows == TILE_ROWS else "mla_decode_swapped_sm90"
         return f"{kernel}.{dtype}.rows{self.tile_rows}.cluster{self.cluster_ctas}"
 
+    @property
+    def state_words(self) -> int:
+        """uint32 of a CTA's partial state (`cuda/cells.cuh`): 16 bits a value with 64 rows, else 32."""
+        return self.tile_rows * HEAD_DIM_V // (2 if self.tile_rows == TILE_ROWS else 1)
+
 
 def choose(rows: int, batch: int, max_seq_len: int | None) -> KernelShape:
     """The kernel for `rows` query rows of a KV head and `batch` sequences of at most so many tokens (None: unknown)."""
@@ -68,9 +73,9 @@ def choose(rows: int, batch: int, max_seq_len: int | None) -> KernelShape:
         return KernelShape(16, 1, 1)
     if rows <= 32:
         return KernelShape(32, 1, 1)
-    if rows <= MAX_CLUSTER_ROWS and max_seq_len is not None and batch * max_seq_len <= FEW_TOKENS_32_ROWS:
-        tile_rows = 16 if batch * max_seq_len <= FEW_TOKENS_16_ROWS else 32
-        return KernelShape(tile_rows, 2, 2 * -(-rows // (2 * tile_rows)))
+    clusters = -(-rows // 32)
+    if rows <= MAX_CLUSTER_ROWS and max_seq_len is not None and clusters * batch * max_seq_len <= FEW_CLUSTER_TOKENS:
+        return KernelShape(16, 2, 2 * clusters)
     blocks = -(-rows // TILE_ROWS)
     return KernelShape(
         TILE_ROWS, 2 if blocks % 2 == 0 else 1, blocks

@@ -195,7 +195,7 @@ def _prefetch_tiles(kernel: KernelShape, kv_cache: Any) -> int:
         not is_contiguous
         or kv_cache.shape[1] < params.TILE_TOKENS
         or kernel.cluster_ctas == 1
-        or kernel.tile_rows == 16
+        or kernel.tile_rows < params.TILE_ROWS
     ):
         return 0
     return min(2, kernel.row_blocks // kernel.cluster_ctas)

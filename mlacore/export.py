@@ -36,7 +36,7 @@ _CONSTANTS = (
     "GATHER_ROWS",
     "COPY_THREADS",
 )
-_DISPATCH_CONSTANTS = ("FEW_TOKENS_16_ROWS", "FEW_TOKENS_32_ROWS", "MAX_CLUSTER_ROWS")
+_DISPATCH_CONSTANTS = ("FEW_CLUSTER_TOKENS", "MAX_CLUSTER_ROWS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,7 @@ def header() -> str:
 def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
     """What the header says, for programs: JSON."""
     kernels, slots = list(_kernels()), "num_kv_heads, row_blocks"
+    values_a_word = f"(2 if tile_rows is {params.TILE_ROWS} else 1)"
     for entry in kernels:
         entry["sha256"] = hashlib.sha256(cubins[entry["name"]]).hexdigest()
     return {
@@ -172,7 +173,13 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
             "rules": [
                 {"rows_at_most": 16, "tile_rows": 16, "cluster_ctas": 1, "row_blocks": 1},
                 {"rows_at_most": 32, "tile_rows": 32, "cluster_ctas": 1, "row_blocks": 1},
-                *_cluster_rules(),
+                {
+                    "rows_at_most": dispatch.MAX_CLUSTER_ROWS,
+                    "ceil(rows / 32) * tokens_at_most": dispatch.FEW_CLUSTER_TOKENS,
+                    "tile_rows": 16,
+                    "cluster_ctas": 2,
+                    "row_blocks": "2 * ceil(rows / 32)",
+                },
                 {
                     "tile_rows": params.TILE_ROWS,
                     "cluster_ctas": "2 if row_blocks is even else 1",
@@ -191,8 +198,8 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
             "num_workers": "batch * max_splits",
             "dispatch": "as if tokens were unknown",
         },
-        "prefetch_tiles": f"0 if cluster_ctas is 1, tile_rows is 16, page_size < {params.TILE_TOKENS} or rows of a "
-        "page have gaps; else min(2, row_blocks / cluster_ctas)",
+        "prefetch_tiles": f"0 if cluster_ctas is 1, tile_rows < {params.TILE_ROWS}, page_size < {params.TILE_TOKENS} "
+        "or rows of a page have gaps; else min(2, row_blocks / cluster_ctas)",
         "merge_patience_cycles": f"{params.MERGE_PATIENCE_CYCLES} if cuOccupancyMaxActiveClusters * cluster_ctas CTAs "
         "hold the grid, else 0",
         "scratch": {
@@ -201,7 +208,7 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
             **{
                 name: {"dtype": "uint32", "shape": shape, "zero_before_first_call": True}
                 for name, shape in (
-                    ("partial_out", f"2 * num_workers, {slots}, tile_rows * {params.HEAD_DIM_V}"),
+                    ("partial_out", f"2 * num_workers, {slots}, tile_rows * {params.HEAD_DIM_V} / {values_a_word}"),
                     ("partial_lse", f"2 * num_workers, {slots}, tile_rows / 2, 4"),
                     ("merge_counters", f"num_workers, {slots}"),
                     ("merge_abandoned", f"2 * num_workers, {slots}"),
@@ -217,14 +224,6 @@ def constants() -> dict[str, int]:
     return {name: getattr(params, name) for name in _CONSTANTS} | {
         name: getattr(dispatch, name) for name in _DISPATCH_CONSTANTS
     }
-
-
-def _cluster_rules() -> Iterator[dict[str, Any]]:
-    few, many = dispatch.FEW_TOKENS_16_ROWS, dispatch.FEW_TOKENS_32_ROWS
-    for tokens, tile_rows in ((few, 16), (many, 32)):
-        blocks = {"cluster_ctas": 2, "row_blocks": f"2 * ceil(rows / {2 * tile_rows})"}
-        bounds = {"rows_at_most": dispatch.MAX_CLUSTER_ROWS, "tokens_at_most": tokens}
-        yield {**bounds, "tile_rows": tile_rows, **blocks}
 
 
 def _kernels() -> Iterator[dict[str, Any]]:

@@ -22,7 +22,6 @@ import numpy.typing as npt
 from mlacore import arrays, dispatch, shapes
 from mlacore.dispatch import KernelShape
 from mlacore.params import (
-    HEAD_DIM_V,
     INVARIANT_SPLIT_TILES,
     ITEM_COST_TILES,
     MAX_INVARIANT_SPLITS,
@@ -75,10 +74,10 @@ class DecodePlan(_Remembered):
         Most splits of a sequence, if the plan is batch-invariant; 0 for others.
     kernel : KernelShape or None
         The GPU kernel (`mlacore.dispatch`); None for NumPy.
-    partial_out : uint32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows * 512]`` or None
+    partial_out : uint32 ``[2 * num_workers, num_kv_heads, row_blocks, kernel.state_words]`` or None
         Outputs of the splits of shared sequences, on a GPU: slot ``2 * w`` is worker ``w``'s first item, ``2 * w + 1``
-        its last one if that is another. In the order of the kernel's registers, each four values packed with the number
-        of the launch that wrote them.
+        its last one if that is another. In the order of the kernel's registers, each four words packed with a mark of
+        the launch that wrote them.
     partial_lse : uint32 ``[2 * num_workers, num_kv_heads, row_blocks, tile_rows // 2, 4]`` or None
         Their log-sum-exp in base 2, of each two rows, packed likewise.
     merge_counters : uint32 ``[num_workers, num_kv_heads, row_blocks]`` or None
@@ -86,7 +85,7 @@ class DecodePlan(_Remembered):
     merge_abandoned : uint32 ``[2 * num_workers, num_kv_heads, row_blocks]`` or None
         Slots whose worker did not wait to merge; zero between calls.
     launches : uint32 ``[2]`` or None
-        CTAs of the launch under way that have started, zero between calls; the number of calls, modulo ``2**32 - 1``.
+        CTAs of the launch under way that have started, zero between calls; the number of calls, modulo 32512.
     planned_seqlens : int32 ``[batch]`` or None
         The lengths last planned for: the caller's own array, which may have moved on. Only `describe` and `plot` look.
     """
@@ -371,7 +370,7 @@ def scratch(num_workers: int, num_kv_heads: int, kernel: KernelShape) -> dict[st
     """Shape of each scratch array of a GPU plan, which `DecodePlan` explains: uint32, zeros before the first call."""
     slots = (2 * num_workers, num_kv_heads, kernel.row_blocks)
     return {
-        "partial_out": (*slots, kernel.tile_rows * HEAD_DIM_V),
+        "partial_out": (*slots, kernel.state_words),
         "partial_lse": (*slots, kernel.tile_rows // 2, 4),
         "merge_counters": (num_workers, *slots[1:]),
         "merge_abandoned": slots,

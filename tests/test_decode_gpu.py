@@ -17,9 +17,14 @@ from compare import LSE_RULE, OUT_RULES, Rule, assert_close
 
 from mlacore import driver, mla_decode, mla_decode_reference, plan_decode
 from mlacore.arrays import as_dtype
+from mlacore.params import TILE_ROWS
 from mlacore.plan import schedule
 
 pytestmark = pytest.mark.gpu
+
+# Of cuda/cells.cuh: after how many launches a mark comes again, and in how many an unused slot is cleared.
+MARKS, CLEAR_TURNS = 254, 128
+LAUNCH_NUMBERS = MARKS * CLEAR_TURNS
 
 
 def by_id(case: Case) -> str:
@@ -127,14 +132,14 @@ def test_any_number_of_workers(num_workers, cupy):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("max_seq_len", [600, 2000])  # 16 and 32 rows a CTA
+@pytest.mark.parametrize("max_seq_len", [250, 700])
 @pytest.mark.parametrize(("seq_len_q", "num_heads"), [(1, 40), (4, 16), (1, 100), (2, 63), (1, 128)])
 def test_clusters_of_few_rows(seq_len_q, num_heads, max_seq_len, dtype, cupy):
     case = Case(7, seq_len_q, max_seq_len // 2, num_heads, varlen=True, causal=True, dtype=dtype, seed=5)
     inputs = make_inputs(case, cupy)
     plan = plan_of(case, inputs, max_seq_len=max_seq_len)
     assert plan.kernel.cluster_ctas > 1
-    assert plan.kernel.tile_rows == (16 if max_seq_len == 600 else 32)
+    assert plan.kernel.tile_rows == 16
     check(case, cupy, inputs, plan=plan)
 
 
@@ -159,7 +164,7 @@ def test_states_of_earlier_launches_are_told_apart(num_heads, cupy):
     inputs = on_device(make_inputs(Case(3, 1, 9000, num_heads)), cupy)
     options = {"num_heads": num_heads, "num_workers": 12}
     plan = plan_decode(inputs.cache_seqlens, **options)
-    plan.launches[1] = 2**32 - 8
+    plan.launches[1] = LAUNCH_NUMBERS - 8
     for lengths in (
         (9000, 9000, 9000),
         (64, 64, 9000),
@@ -173,7 +178,38 @@ def test_states_of_earlier_launches_are_told_apart(num_heads, cupy):
         now = inputs._replace(cache_seqlens=seqlens)
         expected = mla_decode(*now, plan=plan_decode(seqlens, **options))
         assert_same_bits(mla_decode(*now, plan=plan), expected)
-    assert plan.launches.tolist() == [0, 12 - 7]  # no launch had the number 2**32 - 1, so that no cell carries 0
+    assert plan.launches.tolist() == [0, 12 - 8]
+
+
+def marks_of(plan: Any, cupy: Any) -> Any:
+    """The mark of each cell of a plan's partial states, 0 where there is none (cuda/cells.cuh)."""
+    cells = plan.partial_out.reshape(-1, 4)
+    if plan.kernel.tile_rows < TILE_ROWS:
+        return cells[:, 3] & 0xFF
+    return cells[:, 0] >> 28 | cells[:, 1] >> 28 << 4
+
+
+@pytest.mark.parametrize("num_heads", [16, 32, 128])
+def test_marks_are_gone_before_they_come_again(num_heads, cupy):
+    inputs = on_device(make_inputs(Case(3, 1, 2000, num_heads)), cupy)
+    plan = plan_decode(inputs.cache_seqlens, num_heads=num_heads, num_workers=8)
+    for lengths in ((2000, 100, 700), (700, 100, 2000)):
+        seqlens = cupy.asarray(lengths, cupy.int32)
+        plan.update(seqlens)
+        assert sorted(plan.splits[:, 1].tolist()) == [1, 2, 5]
+        for _ in range(CLEAR_TURNS + 1):
+            mla_decode(*inputs._replace(cache_seqlens=seqlens), plan=plan)
+        number = int(plan.launches[1])
+        marks = marks_of(plan, cupy)
+        marks = marks[marks != 0].astype(cupy.int64)
+        assert marks.size > 0
+        assert int(((number - marks) % MARKS).max()) < CLEAR_TURNS  # launches ago
+    seqlens = cupy.asarray((64, 64, 64), cupy.int32)
+    plan.update(seqlens)
+    for _ in range(CLEAR_TURNS):
+        mla_decode(*inputs._replace(cache_seqlens=seqlens), plan=plan)
+    assert not plan.partial_out.any()
+    assert not plan.partial_lse.any()
 
 
 @pytest.mark.parametrize("num_heads", [8, 16, 100])
@@ -221,10 +257,8 @@ KERNELS = [
     (1, 64, None, 64, 1),
     (1, 128, None, 64, 2),
     (2, 128, None, 64, 2),  # two clusters: prefetches two tiles ahead
-    (1, 40, 1000, 16, 2),
-    (1, 128, 1000, 16, 2),
-    (1, 40, 2500, 32, 2),
-    (1, 128, 2500, 32, 2),
+    (1, 40, 800, 16, 2),
+    (1, 128, 800, 16, 2),
 ]
 # Edges of every page size; the longest outlasts the page ids that a warp holds at once, whatever the size.
 PAGED_LENGTHS = (2500, 0, 257, 16, 47, 129)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlacore import dispatch, jit
 from mlacore.arrays import GPU_DTYPES
-from mlacore.dispatch import FEW_TOKENS_16_ROWS, FEW_TOKENS_32_ROWS, KernelShape, choose
+from mlacore.dispatch import FEW_CLUSTER_TOKENS, KernelShape, choose
 
 
 @given(st.integers(1, 5000), st.integers(1, 300), st.one_of(st.none(), st.integers(1, 10**6)))
@@ -27,14 +27,12 @@ def test_all_rows_are_covered_by_a_variant_that_exists(rows: int, batch: int, ma
         (16, 1, 1 << 20, KernelShape(16, 1, 1)),
         (17, 1, None, KernelShape(32, 1, 1)),
         (64, 1, None, KernelShape(64, 1, 1)),
-        (64, 1, FEW_TOKENS_16_ROWS, KernelShape(16, 2, 4)),
-        (96, 1, FEW_TOKENS_16_ROWS, KernelShape(16, 2, 6)),
-        (97, 1, FEW_TOKENS_16_ROWS, KernelShape(16, 2, 8)),
-        (128, 1, FEW_TOKENS_16_ROWS + 1, KernelShape(32, 2, 4)),
-        (128, 8, FEW_TOKENS_16_ROWS // 8, KernelShape(16, 2, 8)),
-        (128, 9, FEW_TOKENS_16_ROWS // 8, KernelShape(32, 2, 4)),
-        (128, 2, FEW_TOKENS_32_ROWS // 2, KernelShape(32, 2, 4)),
-        (128, 1, FEW_TOKENS_32_ROWS + 1, KernelShape(64, 2, 2)),
+        (64, 1, FEW_CLUSTER_TOKENS // 2, KernelShape(16, 2, 4)),
+        (64, 1, FEW_CLUSTER_TOKENS // 2 + 1, KernelShape(64, 1, 1)),
+        (96, 1, FEW_CLUSTER_TOKENS // 3, KernelShape(16, 2, 6)),
+        (97, 1, FEW_CLUSTER_TOKENS // 4, KernelShape(16, 2, 8)),
+        (128, 4, FEW_CLUSTER_TOKENS // 16, KernelShape(16, 2, 8)),
+        (128, 5, FEW_CLUSTER_TOKENS // 16, KernelShape(64, 2, 2)),
         (129, 1, 1, KernelShape(64, 1, 3)),
         (256, 1, None, KernelShape(64, 2, 4)),
     ],
