@@ -14,11 +14,12 @@
 constexpr u32 kHeadDimV = MLA_HEAD_DIM_V;
 
 // Marks come again after kMarks launches. By then nothing carries one of an earlier launch: a slot of states that a
-// launch leaves unused is cleared in kClearTurns of them, a stretch each (merge.cuh).
-constexpr u32 kMarks = 254;  // from 1 on: memory is zero at first. Not all bits set, either: tests fill it with those
-constexpr u32 kClearTurns = 128;
+// launch leaves unused is cleared in kClearTurns of them, a stretch each (merge.cuh). So all launches that use the same
+// memory must have the same workers and query rows.
+constexpr u32 kMarks = MLA_STATE_MARKS;  // from 1 on: memory is zero at first
+constexpr u32 kClearTurns = MLA_CLEAR_TURNS;
 constexpr u32 kLaunchNumbers = kMarks * kClearTurns;
-static_assert(kClearTurns < kMarks, "");
+static_assert(kClearTurns < kMarks && kMarks < 255, "255 is what tests fill memory with");
 
 // ---- what is in a cell ---------------------------------------------------------------------------------------------
 
@@ -57,9 +58,9 @@ class FloatCell {
   float values_[kValues];
 };
 
-// Eight values as integers of 14 bits with one exponent: off by up to 2^-13 of the largest of them. If one of them is
-// not finite, none is. For large states: 66 of 64 rows in float32 took 10 of 32 us at b=1, h_q=128, 32K on an H100 to
-// be written and read; with these the call takes 27.6.
+// Eight values as integers of 14 bits with one exponent: off by up to 2^-13 of the largest of them. All are NaN if one
+// is not finite. For large states: 132 of 64 rows in float32 took 10 of 32 us at b=1, h_q=128, 32K on an H100 to be
+// written and read; with these the call takes 27.6.
 class IntegerCell {
  public:
   static constexpr u32 kValues = 8;
@@ -99,10 +100,10 @@ class IntegerCell {
     return (((cell.x ^ mark << 28) | (cell.y ^ mark << 24)) & kLastBits) == 0;
   }
 
-  // Value i is number(i) times unit(1).
+  // Value i is number(i) times unit(1). The last bit makes a NaN of a unit that would be infinite.
   __device__ __forceinline__ float number(u32 i) const { return shifted_[i] - kShift; }
   __device__ __forceinline__ float unit(float weight) const {
-    return __uint_as_float(exponent_) * (weight * (1.f / 4096.f));
+    return __uint_as_float(exponent_ | 1u) * (weight * (1.f / 4096.f));
   }
 
  private:

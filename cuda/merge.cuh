@@ -2,9 +2,9 @@
 //
 //   lse = log sum_s exp(lse_s)        out = sum_s exp(lse_s - lse) out_s
 //
-// Every cell of a partial state says in which launch it was written (cells.cuh), so that whoever needs it just reads it
-// until it is there. This waits for one trip through L2, where a fence, an arrival at a counter and a look at it by the
-// others would take three.
+// Every cell of a partial state carries a mark of the launch that wrote it (cells.cuh), so that whoever needs it just
+// reads it until it is there. This waits for one trip through L2, where a fence, an arrival at a counter and a look at
+// it by the others would take three. Marks come again some time: what a launch leaves unwritten it clears, bit by bit.
 //
 // Two splits: the worker that comes first leaves its state in memory and goes on. The other adds it to its own, in
 // registers, and writes the result. Who is first is settled a little before the items end, so that few wait for it.
@@ -17,7 +17,7 @@
 // hold up their states, and it waits for those. The split that starts last merges what was abandoned. So no CTA ever
 // depends on one that has not started.
 //
-// Counters wrap around to zero with the last of a launch: nobody has to clear them. Shares and orders depend on the
+// Counters wrap around to zero with the last of a launch: nobody has to reset them. Shares and orders depend on the
 // plan alone: results are bit-identical from call to call.
 #pragma once
 #include "cells.cuh"

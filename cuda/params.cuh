@@ -11,7 +11,8 @@ struct DecodeParams {
   const i32* splits;          // [batch, 2]: first worker and number of splits
   u16* out;                   // [batch, seq_len_q, num_heads, head_dim_v]
   float* lse;                 // [batch, num_heads, seq_len_q], natural logarithm
-  u32* partial_out;           // [2 * num_workers, num_kv_heads, row_blocks, tile_rows * head_dim_v]: cells (cells.cuh)
+  u32* partial_out;           // [2 * num_workers, num_kv_heads, row_blocks, words]: cells (cells.cuh), of which
+                              // words = tile_rows * head_dim_v, or half of that with 64 rows
   u32* partial_lse;           // [2 * num_workers, num_kv_heads, row_blocks, row pairs, 4], likewise
   u32* merge_counters;        // [num_workers, num_kv_heads, row_blocks], by the first worker of a sequence (merge.cuh)
   u32* merge_abandoned;       // [2 * num_workers, num_kv_heads, row_blocks]

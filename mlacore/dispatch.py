@@ -36,6 +36,7 @@ from mlacore.params import HEAD_DIM_V, TILE_ROWS
 # Up to how many tokens of a batch, times clusters of 32 rows, CTAs of 16 rows are fastest for more than 32 rows.
 FEW_CLUSTER_TOKENS = 20480
 MAX_CLUSTER_ROWS = 128  # of a KV head; more rows are for 64 rows a CTA
+MANY_SEQUENCES = 16  # from which on 17 to 32 rows are for 64 rows a CTA, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +69,17 @@ class KernelShape:
 
 
 def choose(rows: int, batch: int, max_seq_len: int | None) -> KernelShape:
-    """The kernel for `rows` query rows of a KV head and `batch` sequences of at most so many tokens (None: unknown)."""
+    """The kernel for `rows` query rows of a KV head and `batch` sequences of at most so many tokens (None: unknown).
+
+    What must not depend on the batch, as the bits of batch-invariant plans, gives 0 for it and None.
+    """
     if rows <= 16:
         return KernelShape(16, 1, 1)
-    if rows <= 32:
+    if rows <= 32 and batch < MANY_SEQUENCES:
         return KernelShape(32, 1, 1)
     clusters = -(-rows // 32)
-    if rows <= MAX_CLUSTER_ROWS and max_seq_len is not None and clusters * batch * max_seq_len <= FEW_CLUSTER_TOKENS:
+    is_small = max_seq_len is not None and clusters * batch * max_seq_len <= FEW_CLUSTER_TOKENS
+    if 32 < rows <= MAX_CLUSTER_ROWS and is_small:
         return KernelShape(16, 2, 2 * clusters)
     blocks = -(-rows // TILE_ROWS)
     return KernelShape(

@@ -36,7 +36,7 @@ _CONSTANTS = (
     "GATHER_ROWS",
     "COPY_THREADS",
 )
-_DISPATCH_CONSTANTS = ("FEW_CLUSTER_TOKENS", "MAX_CLUSTER_ROWS")
+_DISPATCH_CONSTANTS = ("FEW_CLUSTER_TOKENS", "MANY_SEQUENCES", "MAX_CLUSTER_ROWS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +169,21 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
         },
         "dispatch": {
             "rows": f"seq_len_q * num_heads / num_kv_heads; seq_len_q * num_heads is at most {params.MAX_QUERY_ROWS}",
-            "tokens": "batch * max_seq_len, or unknown; the first rule that holds decides",
+            "cluster_tokens": "ceil(rows / 32) * batch * max_seq_len, or unknown",
+            "order": "the first rule that holds decides",
             "rules": [
                 {"rows_at_most": 16, "tile_rows": 16, "cluster_ctas": 1, "row_blocks": 1},
-                {"rows_at_most": 32, "tile_rows": 32, "cluster_ctas": 1, "row_blocks": 1},
                 {
+                    "rows_at_most": 32,
+                    "batch_below": dispatch.MANY_SEQUENCES,
+                    "tile_rows": 32,
+                    "cluster_ctas": 1,
+                    "row_blocks": 1,
+                },
+                {
+                    "rows_at_least": 33,
                     "rows_at_most": dispatch.MAX_CLUSTER_ROWS,
-                    "ceil(rows / 32) * tokens_at_most": dispatch.FEW_CLUSTER_TOKENS,
+                    "cluster_tokens_at_most": dispatch.FEW_CLUSTER_TOKENS,
                     "tile_rows": 16,
                     "cluster_ctas": 2,
                     "row_blocks": "2 * ceil(rows / 32)",
@@ -196,7 +204,7 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
             "max_splits": f"max(1, min({params.MAX_INVARIANT_SPLITS}, "
             f"ceil(max_seq_len / {params.TILE_TOKENS * params.INVARIANT_SPLIT_TILES}))); 0 in any other plan",
             "num_workers": "batch * max_splits",
-            "dispatch": "as if tokens were unknown",
+            "dispatch": "as if the batch were 0 and tokens unknown",
         },
         "prefetch_tiles": f"0 if cluster_ctas is 1, tile_rows < {params.TILE_ROWS}, page_size < {params.TILE_TOKENS} "
         "or rows of a page have gaps; else min(2, row_blocks / cluster_ctas)",

@@ -49,7 +49,7 @@ __all__ = ["DecodePlan", "append", "mla_decode", "plan_decode"]
 class DecodePlan:
     """A split schedule for one batch shape, made by `plan_decode`: a pytree of two arrays, the rest is static.
 
-    It holds no scratch memory, which belongs to the device's stream, so that calls may share it in any order.
+    It holds no scratch memory, which belongs to the device's stream, so that calls may use it in any order.
 
     Attributes
     ----------

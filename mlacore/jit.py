@@ -66,6 +66,8 @@ def _variants() -> Iterator[Variant]:
             ("MLA_SHARED_BYTES", params.DECODE_SHARED_BYTES),
             ("MLA_CHUNK_COLUMNS", params.CHUNK_COLUMNS),
             ("MLA_PART_CHUNKS", params.PART_CHUNKS),
+            ("MLA_STATE_MARKS", params.STATE_MARKS),
+            ("MLA_CLEAR_TURNS", params.CLEAR_TURNS),
         )
         for ctas in params.CLUSTER_CTAS:
             name = f"mla_decode_sm90.{dtype}.rows{params.TILE_ROWS}.cluster{ctas}"

@@ -85,7 +85,8 @@ class DecodePlan(_Remembered):
     merge_abandoned : uint32 ``[2 * num_workers, num_kv_heads, row_blocks]`` or None
         Slots whose worker did not wait to merge; zero between calls.
     launches : uint32 ``[2]`` or None
-        CTAs of the launch under way that have started, zero between calls; the number of calls, modulo 32512.
+        CTAs of the launch under way that have started, zero between calls; the number of calls, modulo
+        ``STATE_MARKS * CLEAR_TURNS`` of `mlacore.params`.
     planned_seqlens : int32 ``[batch]`` or None
         The lengths last planned for: the caller's own array, which may have moved on. Only `describe` and `plot` look.
     """
@@ -241,8 +242,8 @@ def plan_decode(
         Split each sequence by its own length alone, so that the bits of its results depend neither on the other
         sequences nor on how many there are. Needs `max_seq_len`, and lengths within it: longer sequences are attended
         to correctly, but in other splits than a larger `max_seq_len` would give them. Scratch memory grows with the
-        batch and `max_seq_len`, since each split has a worker of its own: 4 KB for each of its query rows, and at most
-        65,535 splits in all.
+        batch and `max_seq_len`, since each split has a worker of its own: up to 4 KB for each of its query rows, and at
+        most 65,535 splits in all.
     num_workers : int, optional
         Default: as many as fill the GPU's SMs; in NumPy the CPUs this process may use.
     stream : CuPy stream, int or object with ``__cuda_stream__``, optional
@@ -347,7 +348,8 @@ def plan_shape(
                 f"expected at most {MAX_WORKERS} splits in all (CUDA's grid)"
             )
     # The kernel decides about bits as well: a batch-invariant choice looks at the rows alone.
-    kernel = dispatch.choose(seq_len_q * (num_heads // num_kv_heads), batch, None if batch_invariant else max_seq_len)
+    rows = seq_len_q * (num_heads // num_kv_heads)
+    kernel = dispatch.choose(rows, *((0, None) if batch_invariant else (batch, max_seq_len)))
     if num_workers is None and device is None:
         num_workers = available_cpus()
     elif num_workers is None:

@@ -140,7 +140,8 @@ def prepare_decode(spec: bytes, device: int) -> Launch:
     attend = driver.prepare_decode(
         _Layout.of(fixed["q"], dtype), pool, block_table, plan, fixed["softmax_scale"], plan.causal
     )
-    sizes = plan.num_workers, plan.num_kv_heads, plan.kernel
+    rows = plan.seq_len_q * plan.num_heads // plan.num_kv_heads
+    sizes = plan.num_workers, plan.num_kv_heads, rows, plan.kernel
 
     def decode(arguments: list[int], results: list[int], stream: int) -> None:
         q, kv_cache, block_table, cache_seqlens, work, splits = arguments
@@ -152,36 +153,30 @@ def prepare_decode(spec: bytes, device: int) -> Launch:
 
 
 class _Scratch(NamedTuple):
-    """Scratch memory for plans of up to so many workers."""
-
-    num_workers: int
     addresses: bytes  # packed
     arrays: list[Any]
-    replaced: _Scratch | None  # kept, as a call may be about to launch with it
 
 
-_largest: dict[tuple[int, int, int, KernelShape], _Scratch] = {}  # by device, stream, KV heads and kernel
-_growing = threading.Lock()
+_scratches: dict[tuple[int, int, int, int, int, KernelShape], _Scratch] = {}
+_making = threading.Lock()
 
 
-def _scratch(device: int, stream: int, num_workers: int, num_kv_heads: int, kernel: KernelShape) -> bytes:
-    """Packed addresses of scratch memory that all plans on one stream share, where calls run one after another. It is
-    not XLA's, since it has to keep from call to call what the kernel left in it."""
-    key = device, stream, num_kv_heads, kernel
-    found = _largest.get(key)
-    if found is not None and found.num_workers >= num_workers:
-        return found.addresses
-    with _growing:
-        found = _largest.get(key)
-        if found is None or found.num_workers < num_workers:
-            # Twice as much each time: what was replaced adds up to no more than what is in use.
-            size = num_workers if found is None else max(num_workers, 2 * found.num_workers)
-            with arrays.on_device(device, arrays.as_stream(stream, device)) as cupy:
-                states = [
-                    cupy.zeros(shape, cupy.uint32) for shape in plans.scratch(size, num_kv_heads, kernel).values()
-                ]
-            found = _Scratch(size, pack_addresses(*(state.data.ptr for state in states)), states, found)
-            _largest[key] = found
+def _scratch(device: int, stream: int, num_workers: int, num_kv_heads: int, rows: int, kernel: KernelShape) -> bytes:
+    """Packed addresses of the scratch memory that all plans of a shape share on one stream, where calls run one after
+    another. It is not XLA's, since it has to keep from call to call what the kernel left in it, nor may plans of other
+    workers or query `rows` use it: a launch clears or writes all that those before have left in it (cuda/cells.cuh).
+    """
+    key = device, stream, num_workers, num_kv_heads, rows, kernel
+    found = _scratches.get(key)
+    if found is None:
+        with _making:
+            found = _scratches.get(key)
+            if found is None:
+                with arrays.on_device(device, arrays.as_stream(stream, device)) as cupy:
+                    shapes = plans.scratch(num_workers, num_kv_heads, kernel).values()
+                    states = [cupy.zeros(shape, cupy.uint32) for shape in shapes]
+                found = _Scratch(pack_addresses(*(state.data.ptr for state in states)), states)
+                _scratches[key] = found
     return found.addresses
 
 

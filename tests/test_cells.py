@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlacore import jit
 from mlacore.dispatch import KernelShape
-from mlacore.params import HEAD_DIM_V, SWAPPED_VARIANTS, TILE_ROWS
+from mlacore.params import CLEAR_TURNS, HEAD_DIM_V, STATE_MARKS, SWAPPED_VARIANTS, TILE_ROWS
 
 # Stands for ptx.cuh. An "element" is the integer that a float holds.
 PTX = r"""
@@ -148,7 +148,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Any:
         shutil.copy(header, folder)
     (folder / "ptx.cuh").write_text(PTX)
     (folder / "shim.cpp").write_text(SHIM)
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-DMLA_HEAD_DIM_V={HEAD_DIM_V}"]
+    defines = {"HEAD_DIM_V": HEAD_DIM_V, "STATE_MARKS": STATE_MARKS, "CLEAR_TURNS": CLEAR_TURNS}
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+    command += [f"-DMLA_{name}={value}" for name, value in defines.items()]
     library = folder / "shim.so"
     subprocess.run([*command, "-I", str(folder), "-o", str(library), str(folder / "shim.cpp")], check=True)
     return ctypes.CDLL(str(library))
@@ -193,12 +195,12 @@ def test_the_largest_value_may_be_rounded_up(cells: Any, top: float) -> None:
 
 
 @pytest.mark.parametrize("kind", VALUES)
-def test_zeros_and_exact_values_stay(cells: Any, kind: str) -> None:
+def test_zeros_and_values_of_few_bits_stay(cells: Any, kind: str) -> None:
     values = np.zeros(VALUES[kind])
     assert not through_memory(cells, kind, values)[0].any()
     for first in (1.0, -0.75, 2.0**-20, 240.0):
         values[:3] = first, first / 2, -first / 16
-        assert (through_memory(cells, kind, values)[0] == values).all()
+        assert np.allclose(through_memory(cells, kind, values)[0], values, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -209,14 +211,14 @@ def test_what_is_not_finite_does_not_become_finite(cells: Any, kind: str, bad: f
         values[at] = bad
         found, _ = through_memory(cells, kind, values, mark=0xA5)
         assert not np.isfinite(found[at])
-        assert kind == "floats" or not np.isfinite(found).any()
+        assert kind == "floats" or np.isnan(found).all()
 
 
 def test_cleared_memory_carries_no_mark(cells: Any) -> None:
     for fill in (0, 0xFFFFFFFF):
         words, values = np.full(4, fill, np.uint32), np.empty(8, np.float32)
         for kind in VALUES:
-            for mark in range(1, 255):
+            for mark in range(1, STATE_MARKS + 1):
                 at = ctypes.c_void_p(words.ctypes.data), mark, ctypes.c_float(1), ctypes.c_void_p(values.ctypes.data)
                 assert not getattr(cells, f"unpack_{kind}")(*at)
 

@@ -17,14 +17,12 @@ from compare import LSE_RULE, OUT_RULES, Rule, assert_close
 
 from mlacore import driver, mla_decode, mla_decode_reference, plan_decode
 from mlacore.arrays import as_dtype
-from mlacore.params import TILE_ROWS
+from mlacore.params import CLEAR_TURNS, STATE_MARKS, TILE_ROWS
 from mlacore.plan import schedule
 
 pytestmark = pytest.mark.gpu
 
-# Of cuda/cells.cuh: after how many launches a mark comes again, and in how many an unused slot is cleared.
-MARKS, CLEAR_TURNS = 254, 128
-LAUNCH_NUMBERS = MARKS * CLEAR_TURNS
+LAUNCH_NUMBERS = STATE_MARKS * CLEAR_TURNS
 
 
 def by_id(case: Case) -> str:
@@ -203,7 +201,7 @@ def test_marks_are_gone_before_they_come_again(num_heads, cupy):
         marks = marks_of(plan, cupy)
         marks = marks[marks != 0].astype(cupy.int64)
         assert marks.size > 0
-        assert int(((number - marks) % MARKS).max()) < CLEAR_TURNS  # launches ago
+        assert int(((number - marks) % STATE_MARKS).max()) < CLEAR_TURNS  # launches ago
     seqlens = cupy.asarray((64, 64, 64), cupy.int32)
     plan.update(seqlens)
     for _ in range(CLEAR_TURNS):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlacore import dispatch, jit
 from mlacore.arrays import GPU_DTYPES
-from mlacore.dispatch import FEW_CLUSTER_TOKENS, KernelShape, choose
+from mlacore.dispatch import FEW_CLUSTER_TOKENS, MANY_SEQUENCES, KernelShape, choose
 
 
 @given(st.integers(1, 5000), st.integers(1, 300), st.one_of(st.none(), st.integers(1, 10**6)))
@@ -26,6 +26,9 @@ def test_all_rows_are_covered_by_a_variant_that_exists(rows: int, batch: int, ma
         (1, 1, None, KernelShape(16, 1, 1)),
         (16, 1, 1 << 20, KernelShape(16, 1, 1)),
         (17, 1, None, KernelShape(32, 1, 1)),
+        (32, MANY_SEQUENCES - 1, 100, KernelShape(32, 1, 1)),
+        (32, MANY_SEQUENCES, 100, KernelShape(64, 1, 1)),
+        (16, MANY_SEQUENCES, None, KernelShape(16, 1, 1)),
         (64, 1, None, KernelShape(64, 1, 1)),
         (64, 1, FEW_CLUSTER_TOKENS // 2, KernelShape(16, 2, 4)),
         (64, 1, FEW_CLUSTER_TOKENS // 2 + 1, KernelShape(64, 1, 1)),

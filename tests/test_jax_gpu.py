@@ -107,7 +107,7 @@ def test_pages_and_layers(page_size):
 
 
 def test_calls_of_several_programs_share_scratch_memory():
-    """One for each size and stream, whatever the program: what a call leaves in it, no other takes for its own."""
+    """One for each shape and stream, whatever the program: what a call leaves in it, no other takes for its own."""
     case, other = Case(1, 1, 20000, 128), Case(3, 1, 5000, 128, varlen=True)
     calls = [(jitted(one), [jnp.array(array) for array in make_inputs(one)]) for one in (case, other)]
     first = [bits(*run(*inputs)) for run, inputs in calls]
