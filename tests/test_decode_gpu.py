@@ -524,17 +524,39 @@ def test_sanitizer_is_clean(tool):
     assert status == 0, log[-6000:]
 
 
-def test_racecheck_finds_only_what_named_barriers_order():
-    _, log = sanitize("racecheck")
+def races_in(log: str) -> list[tuple[list[tuple[str, str]], str]]:
+    """Of each report the accesses, as function ("" or the kernel where racecheck knows no better) and offset in the
+    kernel, and its text: a line "Race reported between A" and lines "and B"."""
     assert "RACECHECK SUMMARY" in log, log[-3000:]
-    # A report is a line "Race reported between A" and lines "and B".
-    unexpected = {}
+    races = []
     for report in log.split("Race reported between")[1:]:
-        functions = set()
-        for function in re.findall(r"access at (.*?)\+0x", report):
+        accesses = []
+        for access in re.findall(r"access at (.*)", report):
+            function, _, offset = re.sub(r"\[\d+ hazards\]", "", access).partition("+0x")
             while re.search(r"<[^<>]*>", function):
                 function = re.sub(r"<[^<>]*>", "", function)  # template arguments
-            functions.add(function.split("(")[0].split("::")[-1])
-        if functions not in [*ORDERED_BY_NAMED_BARRIERS, *ORDERED_BY_MBARRIERS, *POLLED]:
-            unexpected[" and ".join(sorted(functions))] = repr(report[:1000])
-    assert not unexpected, "\n".join(f"{functions}: {report}" for functions, report in unexpected.items())
+            accesses.append((function.split("(")[0].split("::")[-1].strip(), offset.split(" ")[0]))
+        races.append((accesses, report))
+    return races
+
+
+def test_racecheck_finds_only_what_named_barriers_order():
+    """Now and then it does not name a function that it names in another run, or says no place at all: three runs."""
+    named: dict[str, set[str]] = {}  # functions by offset
+    for _ in range(3):
+        races = races_in(sanitize("racecheck")[1])
+        for function, offset in (access for accesses, _ in races for access in accesses):
+            if function and not function.startswith("mla_decode"):
+                named.setdefault(offset, set()).add(function)
+        unexpected = {}
+        for accesses, report in races:
+            functions = set()
+            for function, offset in accesses:
+                found = named.get(offset, set())
+                is_named = bool(function) and not function.startswith("mla_decode")
+                functions |= found if not is_named and len(found) == 1 else {function}
+            if functions not in [*ORDERED_BY_NAMED_BARRIERS, *ORDERED_BY_MBARRIERS, *POLLED]:
+                unexpected[" and ".join(sorted(functions))] = repr(report[:1000])
+        if not unexpected:
+            return
+    pytest.fail("\n".join(f"{functions}: {report}" for functions, report in unexpected.items()))
