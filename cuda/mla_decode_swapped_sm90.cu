@@ -44,10 +44,9 @@
 // hold half of the item's columns, to be written. Before (each group took every other tile, and the groups exchanged
 // halves of O at the end) it took 9 % longer at b=1, h_q=16, 4K. Row sums are collected under the last O += V^T P.
 //
-// What limits it (H100, 2026-11-22): at large batch, memory. In a cluster of two with 32 rows a tile takes 2650 cycles:
-// 1030 for 1, 310 for 2, 600 for 3, 700 for 4, one after the other; the next tile lands too late to be multiplied under
-// 2 and 3. A call of one tile a worker (b=1, h_q=16, 4K) takes 7.6 us: 0.7 between launches, 2.9 until P is there (1.9
-// until the tile is), 0.5 for O and the sums, 0.4 to write the state, 2 to merge, and the rest to start and to end.
+// What limits it (H100, 2026-11-23): at large batch, memory, of which some SMs get a sixth more than others. A call of
+// one tile a worker (b=1, h_q=16, 4K) takes 7.6 us: 0.7 between launches, 2.9 until P is there (1.9 until the tile is),
+// 0.5 for O and the sums, 0.4 to write the state, 0.8 to merge, and the rest to start and to end.
 #include "cells.cuh"
 #include "cluster.cuh"
 #include "layout.cuh"

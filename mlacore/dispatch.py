@@ -1,25 +1,32 @@
 """Which decode kernel serves a shape: query rows on the M side of the matrix units, or on N, and in what clusters.
 
 `mla_decode_sm90` puts 64 query rows on M. `mla_decode_swapped_sm90` puts tokens, then latent columns there and 16 or 32
-rows on N: few rows are not padded, states are small, code is short. Measured on an H100 (2026-11-23, graph replay, µs):
+rows on N: few rows are not padded, code is short. Measured on an H100 (2026-11-23, graph replay, µs):
 
 =====================  =======  =======  =======
 heads, batch, tokens   16 rows  32 rows  64 rows
 =====================  =======  =======  =======
-16, b=1, 4K                7.8      8.2     10.2
-16, b=1, 128K             56.9     57.6     59.9
-16, b=128, 16K           780.9    783.9    790.6
-32 (s_q=2), b=32, 8K     110.4    111.8    111.8
-128, b=1, 1K               7.9      8.6     11.0
-128, b=1, 4K              11.4     12.0     15.1
-128, b=1, 8K              15.9     15.8     18.1
-128, b=4, 4K              26.3     22.3     23.4
-128, b=16, 1K             23.4     23.1     24.4
-128, b=1, 32K                      34.4     32.8
-128, b=8, 4K                       36.3     32.7
-128, b=1, 64K                      58.1     48.7
-128, b=1, 128K                      104       76
+16, b=1, 4K                7.6      8.2     10.1
+16, b=1, 128K             56.7     57.7     60.4
+16, b=128, 16K           780.4    782.8    784.0
+32, b=8, 4K                        21.4     21.1
+32, b=32, 4K                       61.6     59.0
+32, b=128, 4K                     220.8    214.7
+32, b=128, 16K                    803.7    797.9
+32 (s_q=2), b=32, 8K     109.8    111.5    108.8
+32 (s_q=2), b=128, 8K             405.0    408.4
+64, b=1, 4K                9.4              11.0
+64, b=1, 10K              12.9              15.0
+64, b=16, 1K              17.6              16.7
+128, b=1, 1K               7.5               9.7
+128, b=1, 4K              11.1              12.1
+128, b=1, 5K              12.3              12.9
+128, b=1, 8K              15.6              14.1
+128, b=4, 4K              26.1              18.7
+128, b=1, 32K             44.7              28.1
 =====================  =======  =======  =======
+
+On an H200 64 rows take 18.0 instead of 17.3 µs at b=8 of the cases with 32 heads, else 1 to 6 % less than 32 rows.
 
 With more than 32 rows the swapped kernel works in clusters of two CTAs of 16, which multicast every tile to each other;
 several clusters take the rows of a sequence. It starts and merges sooner, but needs more time a tile: it wins while

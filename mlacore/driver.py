@@ -185,8 +185,8 @@ def resident_ctas(kernel: KernelShape, device: int) -> int:
 def _prefetch_tiles(kernel: KernelShape, kv_cache: Any) -> int:
     """How many tiles ahead a cluster prefetches to L2: 0 where rows of a tile are not contiguous in memory.
 
-    Measured on an H100 (2026-11-22, b=128, h_q=128): one tile ahead -6 % of the time at s_q=1; two tiles, where two
-    clusters share a sequence, -4 % at s_q=2, 4K. CTAs without a cluster are bound by memory and lose 5 to 40 % by it;
+    Measured on an H100 (2026-11-23, b=128, h_q=128, 4K): one tile ahead -10 % of the time at s_q=1; two tiles, where
+    two clusters share a sequence, -6 % at s_q=2. CTAs without a cluster are bound by memory and lose 5 to 40 % by it;
     those of 16 rows in a cluster have few tiles, whose loads it holds up (+3 % at b=1, 4K).
     """
     row_bytes = kv_cache.shape[3] * kv_cache.dtype.itemsize

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import racecheck
 from cases import CORNERS, GRID, PAGE_SIZE, TINY, Case, Inputs, make_inputs, on_module, permute_pages, repaged
 from compare import LSE_RULE, OUT_RULES, Rule, assert_close
 
@@ -493,21 +493,6 @@ cupy.cuda.Device().synchronize()
 """
 
 
-# racecheck does not follow barriers of a part of the block (256 of 384 threads here), which order these exchanges, and
-# not all waits for mbarriers.
-ORDERED_BY_NAMED_BARRIERS = [
-    {"publish_probabilities", "take_probabilities"},
-    {"write_item"},
-    {"exchange_products"},
-    {"exchange_products", "write_final"},  # the same memory, once the last tile's products have been read
-    {"merge_slice", "sum_of_parts"},
-    {"next_abandoned"},
-]
-ORDERED_BY_MBARRIERS = [{"announce", "is_many"}]  # merge.ready
-# Flags that one thread sets and others poll: merge.cuh's `standing`, and `items_done`, which orders nothing.
-POLLED = [{"ld_acquire_shared", "st_release_shared"}, {"ld_relaxed_shared", "st_relaxed_shared"}]
-
-
 def sanitize(tool: str) -> tuple[int, str]:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
@@ -524,39 +509,10 @@ def test_sanitizer_is_clean(tool):
     assert status == 0, log[-6000:]
 
 
-def races_in(log: str) -> list[tuple[list[tuple[str, str]], str]]:
-    """Of each report the accesses, as function ("" or the kernel where racecheck knows no better) and offset in the
-    kernel, and its text: a line "Race reported between A" and lines "and B"."""
-    assert "RACECHECK SUMMARY" in log, log[-3000:]
-    races = []
-    for report in log.split("Race reported between")[1:]:
-        accesses = []
-        for access in re.findall(r"access at (.*)", report):
-            function, _, offset = re.sub(r"\[\d+ hazards\]", "", access).partition("+0x")
-            while re.search(r"<[^<>]*>", function):
-                function = re.sub(r"<[^<>]*>", "", function)  # template arguments
-            accesses.append((function.split("(")[0].split("::")[-1].strip(), offset.split(" ")[0]))
-        races.append((accesses, report))
-    return races
-
-
 def test_racecheck_finds_only_what_named_barriers_order():
-    """Now and then it does not name a function that it names in another run, or says no place at all: three runs."""
-    named: dict[str, set[str]] = {}  # functions by offset
+    names = racecheck.Names()
     for _ in range(3):
-        races = races_in(sanitize("racecheck")[1])
-        for function, offset in (access for accesses, _ in races for access in accesses):
-            if function and not function.startswith("mla_decode"):
-                named.setdefault(offset, set()).add(function)
-        unexpected = {}
-        for accesses, report in races:
-            functions = set()
-            for function, offset in accesses:
-                found = named.get(offset, set())
-                is_named = bool(function) and not function.startswith("mla_decode")
-                functions |= found if not is_named and len(found) == 1 else {function}
-            if functions not in [*ORDERED_BY_NAMED_BARRIERS, *ORDERED_BY_MBARRIERS, *POLLED]:
-                unexpected[" and ".join(sorted(functions))] = repr(report[:1000])
+        unexpected = racecheck.unexpected(sanitize("racecheck")[1], names)
         if not unexpected:
             return
-    pytest.fail("\n".join(f"{functions}: {report}" for functions, report in unexpected.items()))
+    pytest.fail("\n".join(unexpected))
