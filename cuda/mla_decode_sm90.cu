@@ -408,8 +408,8 @@ struct Consumer {
                                             const float (&lse)[2], const float (&scale)[2], u32 mark) {
     SumOfTwo both[2];
     const uint4* const own_cells = cells + HeadsOnM::memory_index(group * kGroupCells, 0, thread);
+    // As many cells on their way at once as there are registers for, which are more when accumulators are done with.
     write_sum_part<0, 3>(item, own_cells, lses + HeadsOnM::pair_of(thread), lse, scale, mark, both);
-    // Cells on their way at once; as accumulators are done with, there is room for more.
     write_sum_part<3, 5>(item, own_cells, nullptr, lse, scale, mark, both);
   }
 
