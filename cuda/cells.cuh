@@ -82,7 +82,7 @@ class IntegerCell {
     for (u32 i = 0; i < kValues; ++i) {
       shifted_[i] = __uint_as_float((words[i / 2] >> i % 2 * kBits & kIntegerMask) | kShiftBits);
     }
-    exponent_ = (cell.z >> 5 & 0x07800000u) | (cell.w >> 1 & 0x78000000u);
+    exponent_ = (cell.z >> 5 & kLastBits >> 5) | (cell.w >> 1 & kLastBits >> 1);
   }
 
   // Two integers a word; its last four bits are half of the mark, or of the exponent.
@@ -167,13 +167,9 @@ struct HeadsOnM {
   __device__ __forceinline__ void store(u16* row, const float (&sums)[kUnitCells][Cell::kValues], float scale) const {
 #pragma unroll
     for (u32 c = 0; c < kUnitCells; ++c) {
-      u32 words[4];
-#pragma unroll
-      for (u32 k = 0; k < 4; ++k) words[k] = cvt_pack<Element>(sums[c][2 * k] * scale, sums[c][2 * k + 1] * scale);
-      transpose_quad(words);
+      const uint4 packed = pack_columns_16bit<Element>(sums[c], scale);
       if (row == nullptr) continue;
-      *reinterpret_cast<uint4*>(row + first_column + c * kCellColumns + lane % 4 * 8) = {words[0], words[1], words[2],
-                                                                                        words[3]};
+      *reinterpret_cast<uint4*>(row + first_column + c * kCellColumns + lane % 4 * 8) = packed;
     }
   }
 };

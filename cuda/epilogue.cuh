@@ -19,20 +19,34 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4]) {
   }
 }
 
-// Row i, times `scale`, in 16-bit elements. All lanes take part in the shuffles; only those of an existing row store.
+// Row i of column groups 4 c to 4 c + 3 of a fragment: columns 8 k + 2 q and + 1 of each group k, for lane q of each
+// four.
+template <u32 kElements>
+__device__ __forceinline__ void take_columns(const float (&fragment)[kElements], u32 i, u32 c, float (&values)[8]) {
+#pragma unroll
+  for (u32 k = 0; k < 8; ++k) values[k] = fragment[4 * (4 * c + k / 2) + 2 * i + k % 2];
+}
+
+// Of such values, times `scale` and in 16-bit elements, those of columns 8 q to 8 q + 7. All lanes take part.
+template <typename Element>
+__device__ __forceinline__ uint4 pack_columns_16bit(const float (&values)[8], float scale) {
+  u32 words[4];
+#pragma unroll
+  for (u32 k = 0; k < 4; ++k) words[k] = cvt_pack<Element>(values[2 * k] * scale, values[2 * k + 1] * scale);
+  transpose_quad(words);
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Row i, times `scale`, in 16-bit elements. All lanes take part; only those of an existing row store.
 template <typename Element, u32 kElements>
 __device__ __forceinline__ void store_row_16bit(u16* destination, const float (&fragment)[kElements], u32 i,
                                                 float scale, bool exists) {
   destination += threadIdx.x % 4 * 8;
 #pragma unroll
-  for (u32 j = 0; j < kElements / 4; j += 4) {
-    u32 words[4];
-#pragma unroll
-    for (u32 k = 0; k < 4; ++k) {
-      const u32 at = 4 * (j + k) + 2 * i;
-      words[k] = cvt_pack<Element>(fragment[at] * scale, fragment[at + 1] * scale);
-    }
-    transpose_quad(words);
-    if (exists) *reinterpret_cast<uint4*>(destination + 8 * j) = {words[0], words[1], words[2], words[3]};
+  for (u32 c = 0; c < kElements / 16; ++c) {
+    float values[8];
+    take_columns(fragment, i, c, values);
+    const uint4 packed = pack_columns_16bit<Element>(values, scale);
+    if (exists) *reinterpret_cast<uint4*>(destination + 32 * c) = packed;
   }
 }

@@ -381,8 +381,7 @@ struct Consumer {
   // The accumulators of row i of the thread in cell `c` of its group.
   __device__ __forceinline__ Cell cell(u32 i, u32 c, float scale) const {
     float values[Cell::kValues];
-#pragma unroll
-    for (u32 k = 0; k < Cell::kValues; ++k) values[k] = out[16 * c + k / 2 * 4 + 2 * i + k % 2];
+    take_columns(out, i, c, values);
     return {values, scale};
   }
 
@@ -453,13 +452,9 @@ struct Consumer {
       for (u32 i = 0; i < 2; ++i) {
         float sums[Cell::kValues];
         both[i].add(cell(i, kFirst + c, scale[i]), Cell(parts[i][c]), sums);
-        u32 words[4];
-#pragma unroll
-        for (u32 k = 0; k < 4; ++k) words[k] = cvt_pack<Element>(sums[2 * k], sums[2 * k + 1]);
-        transpose_quad(words);
+        const uint4 packed = pack_columns_16bit<Element>(sums, 1.f);
         if (!exists[i]) continue;
-        *reinterpret_cast<uint4*>(out_row(item, i) + (kFirst + c) * HeadsOnM::kCellColumns + lane % 4 * 8) = {
-            words[0], words[1], words[2], words[3]};
+        *reinterpret_cast<uint4*>(out_row(item, i) + (kFirst + c) * HeadsOnM::kCellColumns + lane % 4 * 8) = packed;
       }
     }
   }

@@ -354,13 +354,16 @@ struct Consumer {
     return {merge.partial_cells(slot) + Cells::memory_index(group, thread), merge.partial_lses(slot), merge.mark()};
   }
 
+  // Of row 8 j + 2 q + e the k-th accumulator: column i + 8 (k % 2) of chunk k / 2.
+  __device__ __forceinline__ float accumulator(u32 j, u32 e, u32 k) const {
+    return out[k / 2][4 * j + 2 * (k % 2) + e];
+  }
+
   // Of row 8 j + 2 q + e, chunks kCellChunks * `chunks` of the group and on.
   __device__ __forceinline__ Cell cell(u32 j, u32 e, u32 chunks) const {
     float values[Cell::kValues];
 #pragma unroll
-    for (u32 k = 0; k < Cell::kValues; ++k) {
-      values[k] = out[chunks * Cells::kCellChunks + k / 2][4 * j + 2 * (k % 2) + e];
-    }
+    for (u32 k = 0; k < Cell::kValues; ++k) values[k] = accumulator(j, e, chunks * Cell::kValues + k);
     return {values, scale[2 * j + e]};
   }
 
@@ -428,7 +431,7 @@ struct Consumer {
         } else {
 #pragma unroll
           for (u32 k = 0; k < 2 * kOwnChunks; ++k) {
-            values[i][k] = out[k / 2][4 * (j + i / 2) + 2 * (k % 2) + i % 2] * scale[2 * j + i];
+            values[i][k] = accumulator(j + i / 2, i % 2, k) * scale[2 * j + i];
           }
         }
         const u32 row = row_of(2 * j + i);
