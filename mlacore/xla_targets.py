@@ -167,17 +167,13 @@ def _scratch(device: int, stream: int, num_workers: int, num_kv_heads: int, rows
     workers or query `rows` use it: a launch clears or writes all that those before have left in it (cuda/cells.cuh).
     """
     key = device, stream, num_workers, num_kv_heads, rows, kernel
-    found = _scratches.get(key)
-    if found is None:
-        with _making:
-            found = _scratches.get(key)
-            if found is None:
-                with arrays.on_device(device, arrays.as_stream(stream, device)) as cupy:
-                    shapes = plans.scratch(num_workers, num_kv_heads, kernel).values()
-                    states = [cupy.zeros(shape, cupy.uint32) for shape in shapes]
-                found = _Scratch(pack_addresses(*(state.data.ptr for state in states)), states)
-                _scratches[key] = found
-    return found.addresses
+    if key not in _scratches:
+        with _making, arrays.on_device(device, arrays.as_stream(stream, device)) as cupy:
+            if key not in _scratches:
+                shapes = plans.scratch(num_workers, num_kv_heads, kernel).values()
+                states = [cupy.zeros(shape, cupy.uint32) for shape in shapes]
+                _scratches[key] = _Scratch(pack_addresses(*(state.data.ptr for state in states)), states)
+    return _scratches[key].addresses
 
 
 # ---- append --------------------------------------------------------------------------------------------------------

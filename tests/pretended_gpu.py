@@ -7,17 +7,14 @@ import contextlib
 import ctypes
 import functools
 import itertools
-import shutil
-import subprocess
 import sys
-import tempfile
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import on_host
 import pytest
 
 from mlacore import DecodePlan, arrays, attention, cache_cuda, cache_kernels, driver, jit, launch, libcuda, params
@@ -107,31 +104,10 @@ extern "C" void launch(void** arguments, unsigned grid_x, unsigned grid_y, unsig
 @functools.cache
 def kernel_on_host(name: str) -> Any:
     """``launch(arguments, grid_x, grid_y, threads)`` of a variant, built by the host's compiler."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
     variant = jit.VARIANTS[name]
-    folder = Path(tempfile.mkdtemp(prefix="mlacore-"))
-    for source in (f"{variant.kernel}.cu", "types.cuh", "params.cuh"):
-        shutil.copy(jit.source_dir() / source, folder)
-    (folder / "ptx.cuh").write_text(PTX)
-    (folder / "shim.cpp").write_text(SHIM.replace("KERNEL", variant.kernel))
-    defines = [f"-D{key}={value}" for key, value in variant.defines]
-    defines.append(f"-DLANES_MEET={int(variant.kernel == 'cache_write')}")
-    command = [
-        compiler,
-        "-std=c++20",
-        "-O1",
-        "-ffp-contract=off",
-        "-fno-strict-aliasing",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-    ]
-    subprocess.run([*command, *defines, "-o", str(folder / "shim.so"), str(folder / "shim.cpp")], check=True)
-    library = ctypes.CDLL(str(folder / "shim.so"))
-    shutil.rmtree(folder)
-    return library.launch
+    defines = dict(variant.defines) | {"LANES_MEET": int(variant.kernel == "cache_write")}
+    flags = ("-ffp-contract=off", "-fno-strict-aliasing")
+    return on_host.build(SHIM.replace("KERNEL", variant.kernel), defines, ptx=PTX, flags=flags).launch
 
 
 class FakeGPUArray(np.ndarray):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import on_host
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlacore import jit
 from mlacore.dispatch import KernelShape
 from mlacore.params import CLEAR_TURNS, HEAD_DIM_V, STATE_MARKS, SWAPPED_VARIANTS, TILE_ROWS
 
@@ -139,21 +136,9 @@ ROWS = sorted({TILE_ROWS, *(rows for rows, _ in SWAPPED_VARIANTS)})
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("cells")
-    for header in Path(jit.source_dir()).glob("*.cuh"):
-        shutil.copy(header, folder)
-    (folder / "ptx.cuh").write_text(PTX)
-    (folder / "shim.cpp").write_text(SHIM)
-    defines = {"HEAD_DIM_V": HEAD_DIM_V, "STATE_MARKS": STATE_MARKS, "CLEAR_TURNS": CLEAR_TURNS}
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-    command += [f"-DMLA_{name}={value}" for name, value in defines.items()]
-    library = folder / "shim.so"
-    subprocess.run([*command, "-I", str(folder), "-o", str(library), str(folder / "shim.cpp")], check=True)
-    return ctypes.CDLL(str(library))
+def cells() -> Any:
+    defines = {"MLA_HEAD_DIM_V": HEAD_DIM_V, "MLA_STATE_MARKS": STATE_MARKS, "MLA_CLEAR_TURNS": CLEAR_TURNS}
+    return on_host.build(SHIM, defines, ptx=PTX)
 
 
 def through_memory(

@@ -7,17 +7,15 @@ is written down.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
+import on_host
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlacore import jit, params
+from mlacore import params
 from mlacore.params import DECODE_PARAMS, HEAD_DIM_QK, PAGE_SIZES, TILE_ROWS, TILE_TOKENS
 from mlacore.plan import schedule, worker_items
 
@@ -138,22 +136,11 @@ extern "C" int waited(int* out, int capacity) {
 
 
 @pytest.fixture(scope="module")
-def producer(tmp_path_factory):
+def producer():
     """``run(record, ctas, rank, worker)``: the loads ``[n, FIELDS]`` of one CTA, the bytes it announced, its waits."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("loads")
-    for header in Path(jit.source_dir()).glob("*.cuh"):
-        shutil.copy(header, folder)
-    (folder / "ptx.cuh").write_text(PTX)
-    (folder / "shim.cpp").write_text(SHIM)
     defines = {"MLA_TILE_ROWS": TILE_ROWS, "MLA_TILE_TOKENS": TILE_TOKENS, "STAGES": STAGES, "CHUNKS": CHUNKS}
     defines["PART_CHUNKS"] = params.PART_CHUNKS
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-I", str(folder)]
-    command += [f"-D{name}={value}" for name, value in defines.items()]
-    subprocess.run([*command, "-o", str(folder / "shim.so"), str(folder / "shim.cpp")], check=True)
-    library = ctypes.CDLL(str(folder / "shim.so"))
+    library = on_host.build(SHIM, defines, ptx=PTX)
     library.expected_bytes.restype = ctypes.c_uint
 
     def run(record: np.ndarray, ctas: int, rank: int, worker: int) -> tuple[np.ndarray, int, list[list[int]]]:

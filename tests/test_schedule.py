@@ -7,10 +7,9 @@ warp's shuffle an array that its lanes exchange through.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 
 import numpy as np
+import on_host
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -86,18 +85,9 @@ extern "C" void plan(const int* lengths, int batch, int workers, int max_splits,
 
 
 @pytest.fixture(scope="module")
-def kernel_on_host(tmp_path_factory):
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("schedule")
-    (folder / "shim.cpp").write_text(SHIM)
-    library = folder / "shim.so"
+def kernel_on_host():
     defines = dict(jit.VARIANTS["mla_plan"].defines) | {"MLA_PLAN_THREADS": THREADS}
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-I", str(jit.source_dir())]
-    command += [f"-D{name}={value}" for name, value in defines.items()]
-    subprocess.run([*command, "-o", str(library), str(folder / "shim.cpp")], check=True)
-    function = ctypes.CDLL(str(library)).plan
+    function = on_host.build(SHIM, defines).plan
 
     def plan(lengths: np.ndarray, workers: int, max_splits: int = 0) -> tuple[np.ndarray, np.ndarray]:
         guard = 3  # rows before and behind, which nothing may write
