@@ -1,15 +1,15 @@
 """What compute-sanitizer's racecheck reports of the decode kernels, and what of it is none.
 
 racecheck does not follow barriers of a part of the block (256 of 384 threads here), which order these exchanges, and
-not all waits for mbarriers. A report is a line "Race reported between A" and lines "and B". Now and then it knows no
-name for a place that it names in another run, or no place at all: such reports are judged by the names of all runs so
-far, and the run is to be repeated.
+not all waits for mbarriers. A report is a line "Race reported between A" and lines "and B", whose places have an offset
+into the kernel and often no name: functions come from nvdisasm. Now and then there is no place at all: run it again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 ORDERED_BY_NAMED_BARRIERS = [
@@ -24,45 +24,76 @@ ORDERED_BY_MBARRIERS = [{"announce", "is_many"}]  # merge.ready
 # What sets flags that others poll: merge.cuh's `standing`, and `items_done`, which orders nothing.
 SETS_POLLED_FLAGS = {"st_release_shared", "st_relaxed_shared"}
 
-
-class Names(dict[str, set[str]]):
-    """Functions that runs have named, by offset in the kernel."""
-
-    def of(self, function: str, offset: str) -> str:
-        found = self.get(offset, set())
-        return next(iter(found)) if not is_name(function) and len(found) == 1 else function
+DEFINITION = re.compile(r"\s*(?:extern|template<.*>|__device__|__global__|MLA_SCHEDULE_FUNCTION)\b[^(=]*?(\w+)\(")
 
 
 class Access(NamedTuple):
     is_write: bool
-    function: str  # "" if unknown; the kernel's if racecheck knows no better
-    offset: str
+    offset: int | None  # bytes into the kernel
 
 
-def is_name(function: str) -> bool:
-    return bool(function) and not function.startswith("mla_decode")
+def functions_of_source(text: str) -> list[str]:
+    """For each line of a CUDA source, the device function it stands in ("" before the first)."""
+    names = [""]
+    for line in text.splitlines():
+        head = DEFINITION.match(line)
+        names.append(head[1] if head else names[-1])
+    return names[1:]
+
+
+def functions_of_kernel(disassembly: str, sources: Path) -> dict[int, str]:
+    """The function behind each instruction on shared memory, by offset: of ``nvdisasm -c --print-line-info-inline``."""
+    by_file: dict[str, list[str]] = {}
+    place, found = "", {}
+    is_first = True  # of the lines that tell a place: the innermost function
+    for line in disassembly.splitlines():
+        if told := re.match(r'\s*//## File "(?:[^"]*/)?([^"/]+)", line (\d+)', line):
+            if is_first:
+                file, number = told[1], int(told[2])
+                if file not in by_file:
+                    by_file[file] = functions_of_source((sources / file).read_text())
+                place = by_file[file][number - 1] if number <= len(by_file[file]) else ""
+            is_first = False
+        elif told := re.match(r"\s*/\*([0-9a-f]+)\*/(.*)", line):
+            is_first = True
+            if re.search(r"\b(LDSM?|STSM?|ATOMS|REDS)\b", told[2]):
+                found[int(told[1], 16)] = place
+    return found
 
 
 def accesses_of(report: str) -> Iterator[Access]:
     for kind, place in re.findall(r"(Read|Write) access at (.*)", report):
-        function, _, offset = re.sub(r"\[\d+ hazards\]", "", place).partition("+0x")
-        while re.search(r"<[^<>]*>", function):
-            function = re.sub(r"<[^<>]*>", "", function)  # template arguments
-        yield Access(kind == "Write", function.split("(")[0].split("::")[-1].strip(), offset.split(" ")[0])
+        offset = re.search(r"\+0x([0-9a-f]+)", place)
+        yield Access(kind == "Write", int(offset[1], 16) if offset else None)
 
 
-def unexpected(log: str, names: Names) -> list[str]:
-    """The reports of a run that are none of the above; `names` learns from it."""
+def is_ordered(accesses: Sequence[Access], functions: dict[int, str]) -> bool:
+    """Whether these accesses, if they are this kernel's, are known to be ordered."""
+    if any(access.offset not in functions for access in accesses):
+        return False
+    writers = {functions[access.offset] for access in accesses if access.is_write}
+    both = {functions[access.offset] for access in accesses}
+    is_polled = bool(writers) and writers <= SETS_POLLED_FLAGS
+    return is_polled or both in [*ORDERED_BY_NAMED_BARRIERS, *ORDERED_BY_MBARRIERS]
+
+
+def unexpected(log: str, kernels: dict[str, dict[int, str]]) -> tuple[list[str], list[str]]:
+    """Reports of a run that are none of the above, and those without a place.
+
+    `kernels` has `functions_of_kernel` for each that ran. Reports do not tell variants of a kernel apart, but hardly
+    two of them have instructions on shared memory at all the offsets of a report.
+    """
     assert "RACECHECK SUMMARY" in log, log[-3000:]
-    reports = [(list(accesses_of(text)), text) for text in log.split("Race reported between")[1:]]
-    for access in (access for accesses, _ in reports for access in accesses):
-        if is_name(access.function):
-            names.setdefault(access.offset, set()).add(access.function)
-    found = []
-    for accesses, text in reports:
-        functions = {names.of(access.function, access.offset) for access in accesses}
-        writers = {names.of(access.function, access.offset) for access in accesses if access.is_write}
-        is_polled = bool(writers) and writers <= SETS_POLLED_FLAGS
-        if functions not in [*ORDERED_BY_NAMED_BARRIERS, *ORDERED_BY_MBARRIERS] and not is_polled:
-            found.append(f"{' and '.join(sorted(functions))}: {text[:1000]!r}")
-    return found
+    found, placeless = [], []
+    for text in log.split("Race reported between")[1:]:
+        accesses = list(accesses_of(text))
+        if len(accesses) < 2 or any(access.offset is None for access in accesses):
+            placeless.append(text[:1000])
+        elif not any(is_ordered(accesses, functions) for functions in kernels.values()):
+            names = [
+                f"{name}: {[functions[access.offset] for access in accesses]}"
+                for name, functions in kernels.items()
+                if all(access.offset in functions for access in accesses)
+            ]
+            found.append(f"{'; '.join(names)}: {text[:1000]!r}")
+    return found, placeless

@@ -15,7 +15,7 @@ import racecheck
 from cases import CORNERS, GRID, PAGE_SIZE, TINY, Case, Inputs, make_inputs, on_module, permute_pages, repaged
 from compare import LSE_RULE, OUT_RULES, Rule, assert_close
 
-from mlacore import driver, mla_decode, mla_decode_reference, plan_decode
+from mlacore import driver, jit, mla_decode, mla_decode_reference, plan_decode
 from mlacore.arrays import as_dtype
 from mlacore.params import CLEAR_TURNS, STATE_MARKS, TILE_ROWS
 from mlacore.plan import schedule
@@ -509,10 +509,20 @@ def test_sanitizer_is_clean(tool):
     assert status == 0, log[-6000:]
 
 
-def test_racecheck_finds_only_what_named_barriers_order():
-    names = racecheck.Names()
+def test_racecheck_finds_only_what_named_barriers_order(tmp_path):
+    nvdisasm = shutil.which("nvdisasm")
+    if nvdisasm is None:
+        pytest.skip("needs nvdisasm on the PATH")
+    kernels = {}
+    for name, variant in jit.VARIANTS.items():
+        if variant.kernel.startswith("mla_decode"):
+            (tmp_path / name).write_bytes(jit.cubin(variant))
+            command = [nvdisasm, "-c", "--print-line-info-inline", str(tmp_path / name)]
+            disassembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            kernels[name] = racecheck.functions_of_kernel(disassembly, jit.source_dir())
     for _ in range(3):
-        unexpected = racecheck.unexpected(sanitize("racecheck")[1], names)
-        if not unexpected:
+        unexpected, placeless = racecheck.unexpected(sanitize("racecheck")[1], kernels)
+        assert not unexpected, "\n".join(unexpected)
+        if not placeless:
             return
-    pytest.fail("\n".join(unexpected))
+    pytest.fail("\n".join(placeless))
