@@ -20,11 +20,14 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4]) {
 }
 
 // Row i of column groups 4 c to 4 c + 3 of a fragment: columns 8 k + 2 q and + 1 of each group k, for lane q of each
-// four.
+// four. `i` may be a variable, so that a loop over both rows need not be unrolled.
 template <u32 kElements>
 __device__ __forceinline__ void take_columns(const float (&fragment)[kElements], u32 i, u32 c, float (&values)[8]) {
 #pragma unroll
-  for (u32 k = 0; k < 8; ++k) values[k] = fragment[4 * (4 * c + k / 2) + 2 * i + k % 2];
+  for (u32 k = 0; k < 8; ++k) {
+    const u32 at = 4 * (4 * c + k / 2) + k % 2;
+    values[k] = i == 0 ? fragment[at] : fragment[at + 2];
+  }
 }
 
 // Of such values, times `scale` and in 16-bit elements, those of columns 8 q to 8 q + 7. All lanes take part.

@@ -23,7 +23,7 @@ class PageIds {
     first_token_ = tile * i32(kTileTokens);
     const i32 token = first_token_ + i32(threadIdx.x % kWarpThreads) * unit_tokens();
     const i32 entry = token >> params_.page_size_log2;
-    page_ = sequence < params_.batch && u32(entry) < u32(params_.max_pages)
+    page_ = u32(sequence) < u32(params_.batch) && u32(entry) < u32(params_.max_pages)
                 ? params_.block_table[sequence * params_.block_table_stride + entry]
                 : -1;
   }
@@ -60,7 +60,7 @@ __device__ __forceinline__ void load_box(u32 destination, const TensorMap* map, 
 template <u32 kClusterCtas, u32 kStages, u32 kChunks, u32 kParts, u32 kHalves, u32 kChunkElems>
 __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems], u64 (&kv_full)[kStages][kParts],
                                         u64 (&kv_empty)[kStages][kHalves], const TensorMap* kv_map,
-                                        const DecodeParams& params, const Block& block) {
+                                        const DecodeParams& params, const Block& block, const Stretch& hint) {
   constexpr u32 kPartChunks = kChunks / kParts;
   constexpr u32 kShareRows = kTileTokens / kClusterCtas;
   constexpr u32 kBoxChunks = kClusterCtas == 1 ? kPartChunks : 1;  // unless pages are smaller than the share
@@ -68,15 +68,16 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
   const u32 lane = threadIdx.x % kWarpThreads;
   const i32 share = kClusterCtas > 1 ? i32(cluster_ctarank() * kShareRows) : 0;
   RingPosition<kStages> ring;
-  WorkerItems items(params, block.worker);
   PageIds pages(params);
   const i32 box_rows = min(pages.unit_tokens(), i32(kShareRows)), page_mask = (1 << params.page_size_log2) - 1;
   // What one CTA alone reads is read once. The rest of L2 (partial states, Q, block tables, the kernel itself) will be
   // needed again: +3 % at b=128, h_q=16, s_k=4K on an H100.
   const u64 policy = params.row_blocks == 1 ? createpolicy_evict_first() : createpolicy_evict_normal();
-  pages.load(items.first_sequence(), items.first_tile());  // on its way while the length is
+  griddepcontrol_wait();
+  pages.load(hint.first_sequence, hint.first_tile);  // on its way while the schedule and the length are
+  WorkerItems items(params, block.worker, hint);
   await_start<kClusterCtas>();
-  bool is_loaded = true;
+  bool is_loaded = items.stretch().begins_like(hint);
   Item item;
   while (items.next(item)) {
     for (i32 base = item.begin_tile; base < item.end_tile; base += pages.tiles()) {

@@ -62,10 +62,10 @@ __device__ __forceinline__ void load_later_q(u16 (&q)[kChunks][kChunkElems], u64
                                              const DecodeParams& params, const Block& block, const Merge& merge,
                                              u32 warp) {
   const QueryRows<kWarps, kChunks, kChunkElems> rows(q, params, block, warp);
-  const WorkerItems items(params, block.worker);
+  const Stretch stretch(params, block.worker);
   u32 phase = 0;
-  for (i32 sequence = items.first_sequence(); sequence <= items.last_sequence(); ++sequence, phase ^= 1) {
-    const bool is_first = sequence == items.first_sequence(), is_last = sequence == items.last_sequence();
+  for (i32 sequence = stretch.first_sequence; sequence <= stretch.last_sequence; ++sequence, phase ^= 1) {
+    const bool is_first = sequence == stretch.first_sequence, is_last = sequence == stretch.last_sequence;
     if (is_last && warp != 0) break;
     wait_phase(shared_address(&q_empty), phase);
     const bool claims = warp == 0 && (is_first || is_last) && merge.is_pair(is_first);

@@ -131,8 +131,6 @@ class SplitMerge {
   __device__ __forceinline__ void init() const {
     mbarrier_init(shared_address(&shared_.ready), 1);
     for (u64& claimed : shared_.claimed) mbarrier_init(shared_address(&claimed), 1);
-    shared_.standing[0] = shared_.standing[1] = kUnknown;
-    shared_.items_done = 0;
   }
 
   // ---- the herald ----
@@ -142,15 +140,17 @@ class SplitMerge {
     const u32 lane = threadIdx.x % kWarpThreads;
     LaunchCounters* launches = reinterpret_cast<LaunchCounters*>(params_.launches);
     const u32 number = ld_relaxed_gpu(&launches->number);
-    const WorkerItems items(params_, block_.worker);
+    const Stretch stretch(params_, block_.worker);
     SplitGroup group;
     group.num_splits = 0;
-    if (items.has_items() && (lane == 0 || (lane == 1 && items.last_sequence() != items.first_sequence()))) {
-      group = SplitGroup(params_, lane == 0 ? items.first_sequence() : items.last_sequence());
+    if (stretch.has_items() && (lane == 0 || (lane == 1 && stretch.last_sequence != stretch.first_sequence))) {
+      group = SplitGroup(params_, lane == 0 ? stretch.first_sequence : stretch.last_sequence);
     }
     if (lane < 2) shared_.groups[lane] = group;
     if (group.is_many()) shared_.slices[lane] = slice_of(group, block_.worker - group.first_worker);
     if (lane == 0) {
+      shared_.standing[0] = shared_.standing[1] = kUnknown;
+      shared_.items_done = 0;
       shared_.mark = 1 + number % kMarks;
       shared_.clear_turn = number % kClearTurns;
     }

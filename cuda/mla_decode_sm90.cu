@@ -22,6 +22,7 @@
 //   kv_full[s][p]      1 + bytes     TMA -> owner of the tile: part p of the tile in stage s has landed
 //   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: it has done O += P V of its half of
 //                      a CTA         stage s, and all else that it does with the stage
+//   begun              1             herald -> prefetching warp: the previous kernel has ended
 //   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory,
 //                                    and all of V past the sequence's end is cleared
 //   kGroup+g          named, 128     within group g
@@ -98,10 +99,7 @@ struct SharedPlan {
   float row_sum[2][kConsumerGroups][kTileRows];      // by parity of the item, so that the next may write already
   RowTable rows;
   MergeShared merge;
-  u64 q_full;
-  u64 q_empty;
-  u64 kv_full[kStages][kParts];
-  u64 kv_empty[kStages][kHalves];
+  RoleBarriers barriers;
 };
 static_assert(sizeof(SharedPlan) <= MLA_SHARED_BYTES, "mlacore/params.py asks for less shared memory");
 
@@ -144,7 +142,7 @@ struct Consumer {
     wgmma_fence();
 #pragma unroll 1
     for (u32 part = kBegin; part < kEnd; ++part) {  // not unrolled: the first time, instructions are slow to come
-      wait_phase(shared_address(&shared.kv_full[tile.stage][part]), tile.phase);
+      wait_phase(shared_address(&shared.barriers.kv_full[tile.stage][part]), tile.phase);
 #pragma unroll
       for (u32 i = 0; i < kPartChunks; ++i) {
 #pragma unroll
@@ -276,12 +274,12 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void release_q() {
-    if (lane == 0) mbarrier_arrive(shared_address(&shared.q_empty));
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.barriers.q_empty));
   }
 
   template <u32 kGroupIndex>
   __device__ __forceinline__ void release_half(const Tile& tile) {
-    release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][kGroupIndex]), lane);
+    release_stage<kClusterCtas>(shared_address(&shared.barriers.kv_empty[tile.stage][kGroupIndex]), lane);
   }
 
   // Even tiles are this group's own. The tile of one pair is scored behind the O update of the pair before.
@@ -370,13 +368,20 @@ struct Consumer {
       const i32 slot = merge.other_slot(item.is_first);
       write_sum(item, merge.partial_cells(slot), merge.partial_lses(slot), lse, scale, merge.mark());
     } else {
-#pragma unroll
+#pragma unroll 1
       for (u32 i = 0; i < 2; ++i) {
-        store_row_16bit<Element>(out_row(item, i), out, i, scale[i], shared.rows.out_row[row + 8 * i] >= 0);
-        write_lse(item, i, lse[i]);
+        store_row_16bit<Element>(out_row(item, i), out, i, of_row(scale, i), exists(i));
+        write_lse(item, i, of_row(lse, i));
       }
     }
   }
+
+  // Loops over the thread's two rows are not unrolled in what follows: a worker comes here once or twice, and waits for
+  // the instructions.
+  __device__ __forceinline__ static float of_row(const float (&values)[2], u32 i) {
+    return i == 0 ? values[0] : values[1];
+  }
+  __device__ __forceinline__ bool exists(u32 i) const { return shared.rows.out_row[row + 8 * i] >= 0; }
 
   // The accumulators of row i of the thread in cell `c` of its group.
   __device__ __forceinline__ Cell cell(u32 i, u32 c, float scale) const {
@@ -387,16 +392,16 @@ struct Consumer {
 
   __device__ __forceinline__ void write_partial(uint4* cells, uint4* lses, const float (&lse)[2],
                                                 const float (&scale)[2], u32 mark) {
-#pragma unroll
+    if (group == 0 && lane % 4 == 0 && exists(0)) {
+      st_global_16(lses + HeadsOnM::pair_of(thread), pack_lse(lse[0], lse[1], mark));
+    }
+#pragma unroll 1
     for (u32 i = 0; i < 2; ++i) {
-      if (shared.rows.out_row[row + 8 * i] < 0) continue;
+      if (!exists(i)) continue;
+      uint4* const own_cells = cells + HeadsOnM::memory_index(group * kGroupCells, i, thread);
 #pragma unroll
       for (u32 c = 0; c < kGroupCells; ++c) {
-        st_global_16(cells + HeadsOnM::memory_index(group * kGroupCells + c, i, thread),
-                     cell(i, c, scale[i]).packed(mark));
-      }
-      if (i == 0 && group == 0 && lane % 4 == 0) {
-        st_global_16(lses + HeadsOnM::pair_of(thread), pack_lse(lse[0], lse[1], mark));
+        st_global_16(own_cells + HeadsOnM::memory_index(c, 0, 0), cell(i, c, of_row(scale, i)).packed(mark));
       }
     }
   }
@@ -405,56 +410,40 @@ struct Consumer {
   // the WGMMAs: what writes them must not stand in a branch.
   __device__ __forceinline__ void write_sum(const Item& item, const uint4* cells, const uint4* lses,
                                             const float (&lse)[2], const float (&scale)[2], u32 mark) {
-    SumOfTwo both[2];
-    const uint4* const own_cells = cells + HeadsOnM::memory_index(group * kGroupCells, 0, thread);
-    // As many cells on their way at once as there are registers for, which are more when accumulators are done with.
-    write_sum_part<0, 3>(item, own_cells, lses + HeadsOnM::pair_of(thread), lse, scale, mark, both);
-    write_sum_part<3, 5>(item, own_cells, nullptr, lse, scale, mark, both);
-  }
-
-  // Of cells [kFirst, kFirst + kCount) of both rows; the first part finds `both` and writes lse.
-  template <u32 kFirst, u32 kCount>
-  __device__ __forceinline__ void write_sum_part(const Item& item, const uint4* cells, const uint4* pair_lse,
-                                                 const float (&lse)[2], const float (&scale)[2], u32 mark,
-                                                 SumOfTwo (&both)[2]) {
-    const bool exists[2] = {shared.rows.out_row[row] >= 0, shared.rows.out_row[row + 8] >= 0};
-    uint4 pair, parts[2][kCount];
-    bool is_there;
-    Watchdog watchdog;
-    do {
-      watchdog.turn();
-      is_there = true;
-      if constexpr (kFirst == 0) pair = ld_relaxed_gpu_16(pair_lse);
+    constexpr u32 kPartCells = 4;  // on their way at once: as many as there are registers for
+#pragma unroll 1
+    for (u32 i = 0; i < 2; ++i) {
+      const uint4* const other_cells = cells + HeadsOnM::memory_index(group * kGroupCells, i, thread);
+      u16* const to = out_row(item, i) + lane % 4 * 8;
+      const bool row_exists = exists(i);
+      SumOfTwo both;
 #pragma unroll
-      for (u32 i = 0; i < 2; ++i) {
+      for (u32 first = 0; first < kGroupCells; first += kPartCells) {
+        uint4 pair, parts[kPartCells];
+        bool is_there;
+        Watchdog watchdog;
+        do {
+          watchdog.turn();
+          if (first == 0) pair = ld_relaxed_gpu_16(lses + HeadsOnM::pair_of(thread));
 #pragma unroll
-        for (u32 c = 0; c < kCount; ++c) {
-          parts[i][c] = ld_relaxed_gpu_16(cells + HeadsOnM::memory_index(kFirst + c, i, 0));
+          for (u32 c = 0; c < kPartCells; ++c) {
+            parts[c] = ld_relaxed_gpu_16(other_cells + HeadsOnM::memory_index(first + c, 0, 0));
+          }
+          is_there = first > 0 || is_marked_lse(pair, mark);
+#pragma unroll
+          for (u32 c = 0; c < kPartCells; ++c) is_there = is_there && Cell::is_marked(parts[c], mark);
+        } while (!__all_sync(0xffffffffu, is_there || !row_exists));
+        if (first == 0) {
+          both = {of_row(lse, i), unpack_lse(pair, i)};
+          write_lse(item, i, both.lse);
         }
-      }
-      if constexpr (kFirst == 0) is_there = is_marked_lse(pair, mark) || !exists[0];
 #pragma unroll
-      for (u32 i = 0; i < 2; ++i) {
-#pragma unroll
-        for (u32 c = 0; c < kCount; ++c) is_there = is_there && (Cell::is_marked(parts[i][c], mark) || !exists[i]);
-      }
-    } while (!__all_sync(0xffffffffu, is_there));
-    if constexpr (kFirst == 0) {
-#pragma unroll
-      for (u32 i = 0; i < 2; ++i) {
-        both[i] = {lse[i], unpack_lse(pair, i)};
-        write_lse(item, i, both[i].lse);
-      }
-    }
-#pragma unroll
-    for (u32 c = 0; c < kCount; ++c) {
-#pragma unroll
-      for (u32 i = 0; i < 2; ++i) {
-        float sums[Cell::kValues];
-        both[i].add(cell(i, kFirst + c, scale[i]), Cell(parts[i][c]), sums);
-        const uint4 packed = pack_columns_16bit<Element>(sums, 1.f);
-        if (!exists[i]) continue;
-        *reinterpret_cast<uint4*>(out_row(item, i) + (kFirst + c) * HeadsOnM::kCellColumns + lane % 4 * 8) = packed;
+        for (u32 c = 0; c < kPartCells; ++c) {
+          float sums[Cell::kValues];
+          both.add(cell(i, first + c, of_row(scale, i)), Cell(parts[c]), sums);
+          const uint4 packed = pack_columns_16bit<Element>(sums, 1.f);
+          if (row_exists) *reinterpret_cast<uint4*>(to + (first + c) * HeadsOnM::kCellColumns) = packed;
+        }
       }
     }
   }
@@ -484,7 +473,7 @@ __device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodePar
     group.sum = {0.f, 0.f};
 #pragma unroll
     for (u32 i = 0; i < kGroupColumns / 2; ++i) group.out[i] = 0.f;
-    wait_phase(shared_address(&shared.q_full), (num_items - 1) % 2);  // passes at the first item
+    wait_phase(shared_address(&shared.barriers.q_full), (num_items - 1) % 2);  // passes at the first item
     const Tiles tiles(params, block, item, tiles_before);
     if (tiles.count == 0) {
       group.release_q();

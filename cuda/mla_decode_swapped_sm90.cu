@@ -22,6 +22,7 @@
 //   kv_full[s][p]      1 + bytes     TMA -> both groups: part p of the tile in stage s has landed
 //   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: O += V^T P has read its half of the
 //                      a CTA         latent columns in stage s (and both groups' K Q^T all of the stage, before P)
+//   begun              1             herald -> prefetching warp: the previous kernel has ended
 //   kGroup+g          named, 128     within group g: row maxima exchanged
 //   kScores           named, 256     both groups: halves of K Q^T exchanged; P of the tile before has been read
 //   kProbabilities    named, 256     both groups: P is complete, V past the end is cleared, what was exchanged has been
@@ -91,10 +92,7 @@ struct SharedPlan {
   float references[2][kTileRows];
   RowTable rows;
   MergeShared merge;
-  u64 q_full;
-  u64 q_empty;
-  u64 kv_full[kStages][kParts];
-  u64 kv_empty[kStages][kHalves];
+  RoleBarriers barriers;
 };
 static_assert(sizeof(SharedPlan) <= MLA_SHARED_BYTES, "mlacore/params.py asks for less shared memory");
 
@@ -136,7 +134,7 @@ struct Consumer {
     wgmma_fence();
 #pragma unroll 1
     for (u32 part = 0; part < kParts; ++part) {  // not unrolled: the first time, instructions are slow to come
-      wait_phase(shared_address(&shared.kv_full[tile.stage][part]), tile.phase);
+      wait_phase(shared_address(&shared.barriers.kv_full[tile.stage][part]), tile.phase);
 #pragma unroll
       for (u32 i = 0; i < kPartChunks; ++i) {
         const u32 chunk = part * kPartChunks + i;
@@ -298,11 +296,11 @@ struct Consumer {
     for (u32 c = 0; c < kOwnChunks; ++c) keep_order(out[c]);
   }
   __device__ __forceinline__ void release_half(const Tile& tile) {
-    release_stage<kClusterCtas>(shared_address(&shared.kv_empty[tile.stage][group]), lane);
+    release_stage<kClusterCtas>(shared_address(&shared.barriers.kv_empty[tile.stage][group]), lane);
   }
 
   __device__ __forceinline__ void release_q() {
-    if (lane == 0) mbarrier_arrive(shared_address(&shared.q_empty));
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.barriers.q_empty));
   }
 
   // Leaves the last O += V^T P to be finished: the row sums are collected meanwhile.
@@ -485,7 +483,7 @@ __device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodePar
       for (u32 i = 0; i < kAccumulators; ++i) group.out[c][i] = 0.f;
     }
     const Tiles tiles(params, block, item, tiles_before);
-    wait_phase(shared_address(&shared.q_full), (num_items - 1) % 2);  // passes at the first item
+    wait_phase(shared_address(&shared.barriers.q_full), (num_items - 1) % 2);  // passes at the first item
     group.attend(tiles);
     tiles_before += u32(tiles.count);
     group.finish_sums(num_items++ % 2);

@@ -52,6 +52,19 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(u32 barrier, u32 parity
   return done != 0;
 }
 
+// The same without a pause.
+__device__ __forceinline__ bool mbarrier_test_parity(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{\n .reg .pred p;\n"
+      " mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      " selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // ---- named barriers ("barrier{.cta}") ------------------------------------------------------------------------------
 // bar.* is the aligned form of barrier.cta.*: the threads of a warp come to it together.
 
@@ -91,8 +104,10 @@ __device__ __forceinline__ u32 cluster_ctarank() {
   return rank;
 }
 
+// Relaxed: fence_mbarrier_init has released what other CTAs rely on, their barriers. With release, which waits for all
+// memory of the thread, a cluster starts 0.2 us later (0.5 us behind another kernel).
 __device__ __forceinline__ void barrier_cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 

@@ -6,6 +6,7 @@
 #include "load_kv.cuh"
 #include "load_q.cuh"
 #include "params.cuh"
+#include "prefetch.cuh"
 #include "ptx.cuh"
 #include "work.cuh"
 
@@ -42,35 +43,65 @@ __device__ __forceinline__ void await_first_query() {
   barrier_cta_sync(kBarrier, kConsumerThreads);
 }
 
+// Barriers between the roles; the kernels say what they mean.
+struct RoleBarriers {
+  u64 q_full;
+  u64 q_empty;
+  u64 kv_full[kStages][kParts];
+  u64 kv_empty[kStages][kHalves];
+  u64 begun;
+
+  // By one thread: the instruction takes its operands from uniform registers, and a warp does lanes one by one.
+  __device__ __forceinline__ void init() {
+    mbarrier_init(shared_address(&q_full), kQLoaderWarps * kWarpThreads);
+    mbarrier_init(shared_address(&q_empty), kConsumerWarps);
+    for (u32 stage = 0; stage < kStages; ++stage) {
+      for (u64& part : kv_full[stage]) mbarrier_init(shared_address(&part), 1);
+      for (u64& half : kv_empty[stage]) mbarrier_init(shared_address(&half), kClusterCtas * kGroupWarps);
+    }
+    mbarrier_init(shared_address(&begun), 1);
+  }
+};
+
 // `shared` is the kernel's SharedPlan; `consume(items)` is what the consumers do with the worker's items, of which
 // there are some: first of all they await Q. It returns merge.task() of the last item.
 template <typename SharedPlan, typename Merge, typename Consume>
 __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* kv_map, const DecodeParams& params,
                                           const Block& block, const Merge& merge, const Consume& consume) {
+  const u32 hint_word = Stretch::read_hint(params, block.worker);  // on its way while barriers are initialised
   if (threadIdx.x == 0) {
-    prefetch_tensormap(kv_map);
-    mbarrier_init(shared_address(&shared.q_full), kQLoaderWarps * kWarpThreads);
-    mbarrier_init(shared_address(&shared.q_empty), kConsumerWarps);
-    for (u32 stage = 0; stage < kStages; ++stage) {
-      for (u64& part : shared.kv_full[stage]) mbarrier_init(shared_address(&part), 1);
-      for (u64& half : shared.kv_empty[stage]) mbarrier_init(shared_address(&half), kClusterCtas * kGroupWarps);
-    }
+    shared.barriers.init();
+    fence_mbarrier_init();
+  } else if (threadIdx.x == kWarpThreads) {
     merge.init();
     fence_mbarrier_init();
+  } else if (threadIdx.x == kConsumerThreads) {
+    prefetch_tensormap(kv_map);
   }
   arrive_at_start<kClusterCtas>();
   griddepcontrol_launch_dependents();
-  griddepcontrol_wait();  // everything above overlaps the end of the previous kernel; nothing above reads memory
 
+  // Every role waits for the end of the previous kernel before it relies on anything in memory. What it reads earlier
+  // is a hint, and read again.
   if (threadIdx.x >= kConsumerThreads) {
     setmaxnreg_dec<kProducerRegisters>();
     const u32 warp = (threadIdx.x - kConsumerThreads) / kWarpThreads;
     if (warp == 0) {
-      load_kv<kClusterCtas>(shared.kv, shared.kv_full, shared.kv_empty, kv_map, params, block);
+      load_kv<kClusterCtas>(shared.kv, shared.barriers.kv_full, shared.barriers.kv_empty, kv_map, params, block,
+                            Stretch::from_hint(hint_word));
     } else {
       await_start<kClusterCtas>();
-      if (warp == 1) merge.announce();
-      load_later_q<kQLoaderWarps>(shared.q, shared.q_full, shared.q_empty, params, block, merge, warp - 1);
+      if (warp == 3) {
+        prefetch_first_tile(params, block, Stretch::from_hint(hint_word), shared.barriers.begun);
+        __syncwarp();  // no lane waits while others prefetch
+      }
+      griddepcontrol_wait();
+      if (warp == 1) {
+        if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(shared_address(&shared.barriers.begun));
+        merge.announce();
+      }
+      load_later_q<kQLoaderWarps>(shared.q, shared.barriers.q_full, shared.barriers.q_empty, params, block, merge,
+                                  warp - 1);
       if (warp == 1) {
         merge.watch();
         merge.clear_unused();
@@ -78,11 +109,13 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
     }
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
-    WorkerItems items(params, block.worker);
     if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
+    const FirstQuery query(shared.q, params, block, threadIdx.x / kWarpThreads);
+    griddepcontrol_wait();
+    WorkerItems items(params, block.worker, Stretch::from_hint(hint_word));
     MergeTask task;
-    if (items.has_items()) {
-      FirstQuery(shared.q, params, block, threadIdx.x / kWarpThreads).load(items.first_sequence(), u32(block.worker));
+    if (items.stretch().has_items()) {
+      query.load(items.stretch().first_sequence, u32(block.worker));
       await_start<kClusterCtas>();
       task = consume(items);
     } else {

@@ -2,6 +2,7 @@
 // which every role walks in step.
 #pragma once
 #include "params.cuh"
+#include "ptx.cuh"
 #include "schedule.cuh"
 
 constexpr u32 kTileRows = MLA_TILE_ROWS;      // query rows of a CTA
@@ -68,42 +69,78 @@ struct Item {
   __device__ __forceinline__ i32 num_tiles() const { return end_tile - begin_tile; }
 };
 
+// A worker's part of the schedule: tiles from first_tile of its first sequence up to last_end_tile of its last one.
+struct Stretch {
+  i32 first_sequence;
+  i32 first_tile;
+  i32 last_sequence;  // before the first one if there is nothing to do
+  i32 last_end_tile;  // or kNoEnd
+
+  __device__ __forceinline__ Stretch(const DecodeParams& params, i32 worker) {
+    const int2* work = reinterpret_cast<const int2*>(params.work) + worker;
+    *this = Stretch(work[0], work[1]);
+  }
+  // As a hint, by whole warps: read_hint() may come before the end of the previous kernel, which may be about to write
+  // it. One request a warp, as all warps of the GPU read a few lines of L2 (four cost clusters 0.7 us at b=1, h_q=128,
+  // 4K on an H100), and nothing stays in L1.
+  __device__ __forceinline__ static u32 read_hint(const DecodeParams& params, i32 worker) {
+    return ld_relaxed_gpu(reinterpret_cast<const u32*>(params.work) + 2 * worker + threadIdx.x % 4);
+  }
+  __device__ __forceinline__ static Stretch from_hint(u32 word) {
+    i32 words[4];
+#pragma unroll
+    for (i32 i = 0; i < 4; ++i) words[i] = __shfl_sync(0xffffffffu, i32(word), i);
+    return {{words[0], words[1]}, {words[2], words[3]}};
+  }
+  // Of a hint: whether it can be one.
+  __device__ __forceinline__ bool leads_to_items(const DecodeParams& params) const {
+    return has_items() && u32(first_sequence) < u32(params.batch);
+  }
+  __device__ __forceinline__ bool has_items() const { return first_sequence <= last_sequence; }
+  __device__ __forceinline__ bool begins_like(const Stretch& other) const {
+    return first_sequence == other.first_sequence && first_tile == other.first_tile;
+  }
+
+ private:
+  static constexpr i32 kNoEnd = 0x7fffffff;
+  __device__ __forceinline__ Stretch(int2 begin, int2 end)
+      : first_sequence(begin.x),
+        first_tile(begin.y),
+        last_sequence(end.y > 0 ? end.x : end.x - 1),
+        last_end_tile(end.y > 0 ? end.y : kNoEnd) {}
+};
+
 class WorkerItems {
  public:
-  __device__ __forceinline__ WorkerItems(const DecodeParams& params, i32 worker) : params_(params) {
-    const int2* work = reinterpret_cast<const int2*>(params.work) + worker;
-    const int2 begin = work[0], end = work[1];
-    const bool ends_inside = end.y > 0;
-    sequence_ = begin.x;
-    begin_tile_ = begin.y;
-    last_sequence_ = ends_inside ? end.x : end.x - 1;
-    last_end_tile_ = ends_inside ? end.y : kNoEnd;
+  // The length of the first item comes at the same time as the schedule, if the hint is right.
+  __device__ __forceinline__ WorkerItems(const DecodeParams& params, i32 worker, const Stretch& hint)
+      : params_(params), first_length_(length_of(hint.first_sequence)), stretch_(params, worker) {
+    if (stretch_.first_sequence != hint.first_sequence) first_length_ = length_of(stretch_.first_sequence);
+    sequence_ = stretch_.first_sequence;
   }
 
   // Fills `item` with the next item, or returns false. Empty sequences are items without tiles.
   __device__ __forceinline__ bool next(Item& item) {
-    if (sequence_ > last_sequence_) return false;
-    const bool is_first = begin_tile_ != kLaterItem, is_last = sequence_ == last_sequence_;
-    const i32 length = params_.cache_seqlens[sequence_];
+    if (sequence_ > stretch_.last_sequence) return false;
+    const bool is_first = sequence_ == stretch_.first_sequence, is_last = sequence_ == stretch_.last_sequence;
+    const i32 length = is_first ? first_length_ : params_.cache_seqlens[sequence_];
     const i32 tiles = tiles_of(length, i32(kTileTokens));
-    const i32 begin = is_first ? begin_tile_ : 0, end = is_last ? min(last_end_tile_, tiles) : tiles;
+    const i32 begin = is_first ? stretch_.first_tile : 0, end = is_last ? min(stretch_.last_end_tile, tiles) : tiles;
     item = {sequence_, length, begin, max(begin, end), is_first, is_last};
     ++sequence_;
-    begin_tile_ = kLaterItem;
     return true;
   }
-
-  // Before the first next().
-  __device__ __forceinline__ bool has_items() const { return sequence_ <= last_sequence_; }
-  __device__ __forceinline__ i32 first_sequence() const { return sequence_; }
-  __device__ __forceinline__ i32 first_tile() const { return begin_tile_; }
-  __device__ __forceinline__ i32 last_sequence() const { return last_sequence_; }
+  __device__ __forceinline__ const Stretch& stretch() const { return stretch_; }
 
  private:
-  static constexpr i32 kLaterItem = -1;
-  static constexpr i32 kNoEnd = 0x7fffffff;
+  __device__ __forceinline__ i32 length_of(i32 sequence) const {
+    return u32(sequence) < u32(params_.batch) ? params_.cache_seqlens[sequence] : 0;
+  }
+
   const DecodeParams& params_;
-  i32 sequence_, begin_tile_, last_sequence_, last_end_tile_;
+  i32 first_length_;
+  Stretch stretch_;
+  i32 sequence_;
 };
 
 // One tile of an item, as the consumers need it.

@@ -208,6 +208,8 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
         },
         "prefetch_tiles": f"0 if cluster_ctas is 1, tile_rows < {params.TILE_ROWS}, page_size < {params.TILE_TOKENS} "
         "or rows of a page have gaps; else min(2, row_blocks / cluster_ctas)",
+        "prefetches_first": f"0 if rows of a page have gaps, or cluster_ctas is 2 and tile_rows < {params.TILE_ROWS}; "
+        "else 1",
         "merge_patience_cycles": f"{params.MERGE_PATIENCE_CYCLES} if cuOccupancyMaxActiveClusters * cluster_ctas CTAs "
         "hold the grid, else 0",
         "scratch": {

@@ -80,6 +80,7 @@ DECODE_PARAMS = _struct(
     ("kv_stride_page", _I64),
     ("num_pages", _I32),
     ("prefetch_tiles", _I32),
+    ("prefetches_first", _I32),
     ("batch", _I32),
     ("max_pages", _I32),
     ("seq_len_q", _I32),

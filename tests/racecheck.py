@@ -20,7 +20,8 @@ ORDERED_BY_NAMED_BARRIERS = [
     {"merge_slice", "sum_of_parts"},
     {"next_abandoned"},
 ]
-ORDERED_BY_MBARRIERS = [{"announce", "is_many"}]  # merge.ready
+# By merge.ready: who shares the items; what others then set and poll.
+ORDERED_BY_MBARRIERS = [{"announce", "is_many"}, {"announce", "ld_acquire_shared"}, {"announce", "st_relaxed_shared"}]
 # What sets flags that others poll: merge.cuh's `standing`, and `items_done`, which orders nothing.
 SETS_POLLED_FLAGS = {"st_release_shared", "st_relaxed_shared"}
 

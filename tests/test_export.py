@@ -122,6 +122,9 @@ void scratch(const int *shape, int batch, int workers, int heads, long long *byt
 int prefetch(const int *shape, int page_size, int is_contiguous) {
   return mlacore_prefetch_tiles((MlacoreShape){shape[0], shape[1], shape[2]}, page_size, is_contiguous);
 }
+int prefetches_first(const int *shape, int is_contiguous) {
+  return mlacore_prefetches_first((MlacoreShape){shape[0], shape[1], shape[2]}, is_contiguous);
+}
 void box(const int *shape, int page_size, uint32_t *box) {
   mlacore_box((MlacoreShape){shape[0], shape[1], shape[2]}, page_size, box);
 }
@@ -187,6 +190,8 @@ def test_header_prefetches_and_boxes_as_the_driver_does(rules):
             assert rules.prefetch(shape, page_size, 1) == driver._prefetch_tiles(kernel, pool)
             with_gaps = np.empty((2, page_size, 1, 640), np.float16)[..., :576]
             assert rules.prefetch(shape, page_size, 0) == driver._prefetch_tiles(kernel, with_gaps) == 0
+            assert rules.prefetches_first(shape, 1) == driver._prefetches_first(kernel, pool)
+            assert rules.prefetches_first(shape, 0) == driver._prefetches_first(kernel, with_gaps) == 0
             rules.box(shape, page_size, box)
             assert tuple(box) == params.pool_box(page_size, kernel.cluster_ctas)
 
@@ -267,6 +272,7 @@ def test_example_launches_what_python_launches(on_the_host, folder, shape, tmp_p
         "prefetch_tiles": 0
         if shape_of.cluster_ctas == 1 or shape_of.tile_rows < 64
         else min(2, shape_of.row_blocks // shape_of.cluster_ctas),
+        "prefetches_first": int(shape_of.cluster_ctas == 1 or shape_of.tile_rows == 64),
         "merge_patience_cycles": params.MERGE_PATIENCE_CYCLES if is_resident else 0,
         "softmax_scale_log2": np.float32(576**-0.5 * math.log2(math.e)),
     }

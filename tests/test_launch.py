@@ -58,6 +58,7 @@ def test_decode_reaches_the_driver(fake: FakeDriver) -> None:
         "kv_stride_page": 64 * 576,
         "num_pages": 12,
         "prefetch_tiles": 2,
+        "prefetches_first": 1,
         "batch": 3,
         "max_pages": 4,
         "seq_len_q": 2,
@@ -147,26 +148,27 @@ def test_the_plans_kernel_is_launched(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "page_size", "strides", "tiles"),
+    ("kernel", "page_size", "strides", "tiles", "first"),
     [
-        (KernelShape(64, 1, 1), 64, None, 0),  # no cluster
-        (KernelShape(64, 1, 5), 64, None, 0),
-        (KernelShape(64, 2, 2), 64, None, 1),
-        (KernelShape(64, 2, 4), 256, None, 2),  # two clusters share the sequence
-        (KernelShape(64, 2, 8), 128, None, 2),
-        (KernelShape(64, 2, 4), 32, None, 0),  # a tile in several pages
-        (KernelShape(64, 2, 4), 64, (1 << 20, 1152, 1152, 2), 2),  # layers interleaved by page
-        (KernelShape(64, 2, 4), 64, (81920, 1280, 1280, 2), 0),  # rows with gaps
-        (KernelShape(16, 2, 8), 64, None, 0),  # few tiles a worker
+        (KernelShape(64, 1, 1), 64, None, 0, 1),  # no cluster
+        (KernelShape(64, 1, 5), 64, None, 0, 1),
+        (KernelShape(64, 2, 2), 64, None, 1, 1),
+        (KernelShape(64, 2, 4), 256, None, 2, 1),  # two clusters share the sequence
+        (KernelShape(64, 2, 8), 128, None, 2, 1),
+        (KernelShape(64, 2, 4), 32, None, 0, 1),  # a tile in several pages
+        (KernelShape(64, 2, 4), 64, (1 << 20, 1152, 1152, 2), 2, 1),  # layers interleaved by page
+        (KernelShape(64, 2, 4), 64, (81920, 1280, 1280, 2), 0, 0),  # rows with gaps
+        (KernelShape(16, 1, 1), 64, None, 0, 1),
+        (KernelShape(16, 2, 8), 64, None, 0, 0),  # few tiles a worker
     ],
 )
-def test_prefetch_wants_clusters_and_contiguous_tiles(
-    fake: FakeDriver, kernel: KernelShape, page_size: int, strides: Any, tiles: int
+def test_prefetch_wants_contiguous_rows(
+    fake: FakeDriver, kernel: KernelShape, page_size: int, strides: Any, tiles: int, first: int
 ) -> None:
     kv_cache = gpu_array((12, page_size, 1, 576), bfloat16, strides=strides)
     mla_decode(**make_call(kv_cache=kv_cache, plan=make_plan(kernel=kernel)))
     fields = fake.launches[-1].fields(params.DECODE_PARAMS)
-    assert fields["prefetch_tiles"] == tiles
+    assert (fields["prefetch_tiles"], fields["prefetches_first"]) == (tiles, first)
     assert fields["kv_stride_page"] == kv_cache.strides[0] // 2
 
 
@@ -176,7 +178,8 @@ def test_rows_of_several_kv_heads_are_not_prefetched(fake: FakeDriver) -> None:
     mla_decode(**make_call(kv_cache=kv_cache, plan=plan))
     [got] = fake.launches
     assert got.grid == (2, 2, 4)
-    assert got.fields(params.DECODE_PARAMS)["prefetch_tiles"] == 0
+    fields = got.fields(params.DECODE_PARAMS)
+    assert (fields["prefetch_tiles"], fields["prefetches_first"]) == (0, 0)
     assert fake.tensor_maps[-1][2:4] == ((64, 64, 9, 2, 12), (2304, 128, 1152, 147456))
 
 

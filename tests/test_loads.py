@@ -1,4 +1,5 @@
-"""The producer warp (cuda/load_kv.cuh), run on the host: which rows of which pages land where, for any plan.
+"""The producer warp (cuda/load_kv.cuh), run on the host: which rows of which pages land where, for any plan. And
+what is prefetched on a hint (cuda/prefetch.cuh).
 
 The host compiler builds the real source, the 32 lanes as threads that meet in its shuffles. What would be a TMA copy
 is written down.
@@ -58,7 +59,14 @@ inline void mbarrier_arrive_expect_tx(u32, u32 bytes) { bytes_expected += bytes;
 inline void fence_proxy_async() {}
 inline void st_shared_zero_16(u32) {}
 inline void trap() {}
-inline void cp_async_bulk_prefetch(const void*, u32) {}
+inline void griddepcontrol_wait() {}
+inline u32 ld_relaxed_gpu(const u32* address) { return *address; }
+inline bool has_begun;
+inline bool mbarrier_test_parity(u32, u32) { return has_begun; }
+inline std::vector<long long> prefetched;  // address, bytes
+inline void cp_async_bulk_prefetch(const void* source, u32 bytes) {
+  prefetched.insert(prefetched.end(), {(long long)(source), bytes});
+}
 inline u64 createpolicy_evict_first() { return 1; }
 inline u64 createpolicy_evict_normal() { return 2; }
 // `map` says how many rows and chunks a box has.
@@ -101,13 +109,14 @@ static int __shfl_sync(unsigned, int value, int lane) {
   return received;
 }
 #include "load_kv.cuh"
+#include "prefetch.cuh"
 static TensorMap pool_map;
 template <u32 kCtas>
-static void producer(const DecodeParams& params, const Block& block) {
-  load_kv<kCtas>(kv, kv_full, kv_empty, &pool_map, params, block);
+static void producer(const DecodeParams& params, const Block& block, const int* hint) {
+  load_kv<kCtas>(kv, kv_full, kv_empty, &pool_map, params, block, Stretch::from_hint(hint[threadIdx.x % 4]));
 }
-extern "C" int run(const DecodeParams* params, const int* box, int ctas, int rank, int worker, int kv_head, int* out,
-                   int capacity) {
+extern "C" int run(const DecodeParams* params, const int* box, int ctas, int rank, int worker, int kv_head,
+                   const int* hint, int* out, int capacity) {
   pool_map = {{u64(box[1]), u64(box[2])}};
   loads.clear();
   waits.clear();
@@ -118,13 +127,35 @@ extern "C" int run(const DecodeParams* params, const int* box, int ctas, int ran
   std::vector<std::thread> threads;
   for (unsigned lane = 0; lane < 32; ++lane) threads.emplace_back([&, lane] {
     threadIdx.x = lane;
-    if (ctas == 1) producer<1>(*params, block);
-    if (ctas == 2) producer<2>(*params, block);
+    if (ctas == 1) producer<1>(*params, block, hint);
+    if (ctas == 2) producer<2>(*params, block, hint);
   });
   for (std::thread& thread : threads) thread.join();
   if (int(loads.size()) > capacity) return -1;
   std::copy(loads.begin(), loads.end(), out);
   return int(loads.size());
+}
+// Lane by lane: they do not meet there.
+extern "C" int prefetch(const DecodeParams* params, int row_block, int worker, const int* hint, int begun,
+                        long long* out, int capacity) {
+  prefetched.clear();
+  has_begun = begun != 0;
+  const Block block = {worker, 0, row_block};
+  std::vector<Stretch> stretches;
+  std::vector<std::thread> threads;
+  for (unsigned lane = 0; lane < 32; ++lane) threads.emplace_back([&, lane] {
+    threadIdx.x = lane;
+    const Stretch stretch = Stretch::from_hint(hint[lane % 4]);
+    if (lane == 0) stretches.push_back(stretch);
+  });
+  for (std::thread& thread : threads) thread.join();
+  u64 barrier = 0;
+  for (threadIdx.x = 0; threadIdx.x < 32; ++threadIdx.x) {
+    prefetch_first_tile(*params, block, stretches[0], barrier);
+  }
+  if (int(prefetched.size()) > capacity) return -1;
+  std::copy(prefetched.begin(), prefetched.end(), out);
+  return int(prefetched.size());
 }
 extern "C" unsigned expected_bytes() { return bytes_expected; }
 extern "C" int waited(int* out, int capacity) {
@@ -136,18 +167,25 @@ extern "C" int waited(int* out, int capacity) {
 
 
 @pytest.fixture(scope="module")
-def producer():
-    """``run(record, ctas, rank, worker)``: the loads ``[n, FIELDS]`` of one CTA, the bytes it announced, its waits."""
+def library():
     defines = {"MLA_TILE_ROWS": TILE_ROWS, "MLA_TILE_TOKENS": TILE_TOKENS, "STAGES": STAGES, "CHUNKS": CHUNKS}
-    defines["PART_CHUNKS"] = params.PART_CHUNKS
-    library = on_host.build(SHIM, defines, ptx=PTX)
+    defines |= {"PART_CHUNKS": params.PART_CHUNKS, "MLA_HEAD_DIM_QK": HEAD_DIM_QK}
+    return on_host.build(SHIM, defines, ptx=PTX)
+
+
+@pytest.fixture(scope="module")
+def producer(library):
+    """``run(record, ctas, rank, worker, hint)``: a CTA's loads ``[n, FIELDS]``, the bytes it announced, its waits."""
     library.expected_bytes.restype = ctypes.c_uint
 
-    def run(record: np.ndarray, ctas: int, rank: int, worker: int) -> tuple[np.ndarray, int, list[list[int]]]:
+    def run(
+        record: np.ndarray, ctas: int, rank: int, worker: int, hint: np.ndarray
+    ) -> tuple[np.ndarray, int, list[list[int]]]:
         loads = np.empty(1 << 18, np.int32)
         record_at, loads_at = ctypes.c_void_p(record.ctypes.data), ctypes.c_void_p(loads.ctypes.data)
         box = (ctypes.c_int * 5)(*params.pool_box(1 << int(record["page_size_log2"][0]), ctas))
-        count = library.run(record_at, box, ctas, rank, worker, 0, loads_at, loads.size)
+        hint_at = ctypes.c_void_p(hint.ctypes.data)
+        count = library.run(record_at, box, ctas, rank, worker, 0, hint_at, loads_at, loads.size)
         assert count >= 0, "more loads than expected"
         waits = np.empty(1 << 16, np.int32)
         num_waits = library.waited(ctypes.c_void_p(waits.ctypes.data), waits.size)
@@ -181,6 +219,17 @@ def worker_tiles(lengths: np.ndarray, work: np.ndarray, worker: int) -> Iterator
             yield sequence, tile
 
 
+def hint_of(data: st.DataObject | None, work: np.ndarray, worker: int) -> np.ndarray:
+    """What was read of the schedule before the previous kernel had ended: the same, another worker's, or anything."""
+    kind = "right" if data is None else data.draw(st.sampled_from(("right", "other", "any")))
+    if kind == "any":
+        hint = data.draw(st.lists(st.one_of(st.integers(-2, 12), INT32), min_size=4, max_size=4))
+        return np.array(hint, np.int32)
+    other = worker if kind == "right" else data.draw(st.integers(0, len(work) - 2))
+    return np.ascontiguousarray(work[other : other + 2], np.int32).reshape(4)
+
+
+INT32 = st.integers(-(1 << 31), (1 << 31) - 1)
 LENGTHS = st.lists(st.one_of(st.just(0), st.integers(-3, 200), st.integers(0, 9000)), min_size=1, max_size=7)
 
 
@@ -197,7 +246,7 @@ LENGTHS = st.lists(st.one_of(st.just(0), st.integers(-3, 200), st.integers(0, 90
 @example(None, [0, 9000, 0, 0, 5000], 2, 16, 2, False)
 @example(None, [9000], 1, 256, 2, False)
 def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_workers, page_size, ctas, is_stale):
-    """Lengths that have moved on since the plan was made included, and tables too narrow for them."""
+    """Lengths that have moved on since the plan was made included, tables too narrow for them, and wrong hints."""
     planned = np.array(planned, np.int32)
     lengths = planned
     if is_stale:
@@ -216,7 +265,7 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
     record["num_kv_heads"] = record["row_blocks"] = record["blocks_per_worker"] = 1
     for worker in range(num_workers):
         for rank in range(ctas):
-            loads, announced, waits = producer(record, ctas, rank, worker)
+            loads, announced, waits = producer(record, ctas, rank, worker, hint_of(data, work, worker))
             expected = expected_loads(table, lengths, page_size, work, worker, ctas, rank)
             np.testing.assert_array_equal(loads, np.array(expected, np.int32).reshape(-1, FIELDS))
             # Each CTA waits for the bytes of whole tiles, whoever of the cluster sends them.
@@ -225,3 +274,68 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
             # Both halves of a stage are handed back before it is loaded again; of a cluster, before its CTAs exit, too.
             rounds = range(tiles + (STAGES if ctas > 1 else 0))
             assert waits == [[n % STAGES, half, (n // STAGES + 1) % 2] for n in rounds for half in range(2)]
+
+
+KV = 1 << 40  # an address, which nobody reads
+ROW_BYTES, PIECE_TOKENS = HEAD_DIM_QK * 2, 16
+
+
+@pytest.fixture(scope="module")
+def prefetch(library):
+    """``run(record, row_block, worker, hint, begun)``: what one CTA prefetches, ``[n, 2]``: address, bytes."""
+
+    def run(record: np.ndarray, row_block: int, worker: int, hint: np.ndarray, begun: bool) -> np.ndarray:
+        out = np.empty(1 << 10, np.int64)
+        at = [ctypes.c_void_p(array.ctypes.data) for array in (record, hint, out)]
+        count = library.prefetch(at[0], row_block, worker, at[1], int(begun), at[2], out.size)
+        assert count >= 0, "more than expected"
+        return out[:count].reshape(-1, 2)
+
+    return run
+
+
+@settings(max_examples=60)
+@given(st.data(), LENGTHS, st.integers(1, 12), st.sampled_from(PAGE_SIZES), st.integers(1, 9))
+def test_hints_prefetch_the_first_tile_and_nothing_else(prefetch, data, lengths, num_workers, page_size, row_blocks):
+    lengths = np.array(lengths, np.int32)
+    work, _ = schedule(lengths, num_workers)
+    columns, num_pages = max(1, -(-int(lengths.max()) // page_size)), 3 * len(lengths)
+    is_right = data.draw(st.booleans())
+    pages = st.integers(0, num_pages - 1) if is_right else st.one_of(st.integers(-2, num_pages + 1), INT32)
+    size = len(lengths) * columns
+    table = np.array(data.draw(st.lists(pages, min_size=size, max_size=size)), np.int32).reshape(-1, columns)
+    record = np.zeros(1, DECODE_PARAMS)
+    arrays = {"block_table": table, "cache_seqlens": lengths}
+    for name, array in arrays.items():
+        record[name] = array.ctypes.data
+    record["kv"], record["kv_stride_page"] = KV, (page_size + 3) * HEAD_DIM_QK
+    record["block_table_stride"], record["batch"], record["max_pages"] = columns, len(lengths), columns
+    record["page_size_log2"], record["num_pages"] = page_size.bit_length() - 1, num_pages
+    record["prefetches_first"], record["row_blocks"] = 1, row_blocks
+    page_bytes = int(record["kv_stride_page"][0]) * 2
+    for worker in range(num_workers):
+        hint = work[worker : worker + 2].reshape(4).astype(np.int32) if is_right else hint_of(data, work, worker)
+        found = [
+            tuple(map(int, piece))
+            for block in range(row_blocks)
+            for piece in prefetch(record, block, worker, hint, False)
+        ]
+        for address, size in found:
+            page, inside = divmod(address - KV, page_bytes)
+            assert 0 <= page < num_pages
+            assert inside % ROW_BYTES == 0
+            assert inside + size <= page_size * ROW_BYTES
+        if is_right:
+            first = next(iter(worker_items(work, worker)), None)
+            items = [tile for tile in worker_tiles(lengths, work, worker) if tile[0] == first[0]][:1]
+            expected = []
+            for sequence, tile in items:
+                for token in range(tile * TILE_TOKENS, (tile + 1) * TILE_TOKENS, PIECE_TOKENS):
+                    if token < lengths[sequence]:
+                        column, row = divmod(token, page_size)
+                        address = KV + int(table[sequence, column]) * page_bytes + row * ROW_BYTES
+                        expected.append((address, PIECE_TOKENS * ROW_BYTES))
+            assert sorted(found) == sorted(expected)
+        assert all(len(prefetch(record, block, worker, hint, True)) == 0 for block in range(row_blocks))
+    record["prefetches_first"] = 0
+    assert len(prefetch(record, 0, 0, work[:2].reshape(4).astype(np.int32), False)) == 0
