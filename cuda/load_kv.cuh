@@ -20,7 +20,7 @@ class PageIds {
 
   // Tiles [tile, tile + tiles()) of a sequence. Entries past the table's end give -1, which is no page.
   __device__ __forceinline__ void load(i32 sequence, i32 tile) {
-    first_token_ = tile * i32(kTileTokens);
+    first_token_ = i32(u32(tile) * kTileTokens);  // a hint may overflow
     const i32 token = first_token_ + i32(threadIdx.x % kWarpThreads) * unit_tokens();
     const i32 entry = token >> params_.page_size_log2;
     page_ = u32(sequence) < u32(params_.batch) && u32(entry) < u32(params_.max_pages)

@@ -89,7 +89,7 @@ struct MergeShared {
   u32 clear_turn;        // what this launch clears of slots that it does not use
   u32 items_done;
   i32 next_split;        // from thread 0 to the others
-  u64 ready;             // mbarrier: groups and mark are known
+  u64 ready;             // mbarrier: all of the above but is_second may be used
   u64 claimed[2];        // mbarriers: is_second is known
 };
 

@@ -14,7 +14,7 @@
 //   warpgroup 0       224 registers  even tiles: S, softmax, P; columns   0-255 of O for all tiles
 //   warpgroup 1       224 registers  odd tiles:  S, softmax, P; columns 256-511 of O for all tiles
 //   warp 8             56 registers  TMA loads of K tiles (V is the same bytes)
-//   warps 9-11         56 registers  Q of the next item; warp 9 is the herald of merge.cuh as well
+//   warps 9-11         56 registers  Q of the next item; warp 9 is the herald of merge.cuh as well, warp 11 prefetches
 //
 // Barriers:
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
@@ -29,7 +29,7 @@
 //   kSums             named, 256     both groups: row sums of the item exchanged
 //   kMerge            named, 256     both groups: the first item's Q, which they load themselves, is in place; merges
 //                                    of more than two splits
-//   merge.ready        1             herald -> both groups: who shares the worker's items
+//   merge.ready        1             herald -> both groups: who shares the worker's items (merge.cuh)
 //   merge.claimed[i]   1             herald -> both groups: which of two splits comes second (first item 0, last 1)
 //
 // Schedule of a pair of tiles (a: even, b: odd). Half of O fits one group's registers, so the groups share its columns

@@ -17,7 +17,7 @@ __device__ __forceinline__ void prefetch_first_tile(const DecodeParams& params, 
   const i32 lane = i32(threadIdx.x % kWarpThreads), sequence = hint.first_sequence;
   if (params.prefetches_first == 0 || lane >= kPieces || lane % params.row_blocks != block.row_block) return;
   if (!hint.leads_to_items(params)) return;
-  const i32 token = hint.first_tile * i32(kTileTokens) + lane * kPieceTokens;
+  const i32 token = i32(u32(hint.first_tile) * kTileTokens) + lane * kPieceTokens;  // a hint may overflow
   const i32 entry = token >> params.page_size_log2, row = token & ((1 << params.page_size_log2) - 1);
   if (u32(entry) >= u32(params.max_pages)) return;
   const i32 length = i32(ld_relaxed_gpu(reinterpret_cast<const u32*>(params.cache_seqlens + sequence)));

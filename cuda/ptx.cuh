@@ -194,7 +194,7 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Lets a dependent grid begin its prologue; it still has to call griddepcontrol_wait before reading our results.
+// Lets a dependent grid begin its prologue; it calls griddepcontrol_wait before it relies on our results.
 __device__ __forceinline__ void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }

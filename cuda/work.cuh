@@ -106,7 +106,7 @@ struct Stretch {
   __device__ __forceinline__ Stretch(int2 begin, int2 end)
       : first_sequence(begin.x),
         first_tile(begin.y),
-        last_sequence(end.y > 0 ? end.x : end.x - 1),
+        last_sequence(end.y > 0 ? end.x : i32(u32(end.x) - 1)),
         last_end_tile(end.y > 0 ? end.y : kNoEnd) {}
 };
 

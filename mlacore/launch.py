@@ -78,7 +78,7 @@ class Launch:
         Whether a parameter comes before the struct that every call brings by value, such as a tensor map.
     overlaps_previous : bool
         Let the grid start while the previous one drains (programmatic dependent launch); such a kernel waits before it
-        reads that one's results.
+        relies on that one's results.
     """
 
     def __init__(

@@ -81,19 +81,21 @@ def is_ordered(accesses: Sequence[Access], functions: dict[int, str]) -> bool:
 def unexpected(log: str, kernels: dict[str, dict[int, str]]) -> tuple[list[str], list[str]]:
     """Reports of a run that are none of the above, and those without a place.
 
-    `kernels` has `functions_of_kernel` for each that ran. Reports do not tell variants of a kernel apart, but hardly
-    two of them have instructions on shared memory at all the offsets of a report.
+    `kernels` has `functions_of_kernel` for each variant that ran. Reports tell a kernel's name at best; hardly two
+    variants of one have instructions on shared memory at all the offsets of a report.
     """
     assert "RACECHECK SUMMARY" in log, log[-3000:]
     found, placeless = [], []
     for text in log.split("Race reported between")[1:]:
         accesses = list(accesses_of(text))
+        named = re.search(r"access at (mla_decode\w*)\+0x", text)
+        possible = {name: it for name, it in kernels.items() if not named or name.split(".")[0] == named[1]}
         if len(accesses) < 2 or any(access.offset is None for access in accesses):
             placeless.append(text[:1000])
-        elif not any(is_ordered(accesses, functions) for functions in kernels.values()):
+        elif not any(is_ordered(accesses, functions) for functions in possible.values()):
             names = [
                 f"{name}: {[functions[access.offset] for access in accesses]}"
-                for name, functions in kernels.items()
+                for name, functions in possible.items()
                 if all(access.offset in functions for access in accesses)
             ]
             found.append(f"{'; '.join(names)}: {text[:1000]!r}")

@@ -192,6 +192,8 @@ def test_header_prefetches_and_boxes_as_the_driver_does(rules):
             assert rules.prefetch(shape, page_size, 0) == driver._prefetch_tiles(kernel, with_gaps) == 0
             assert rules.prefetches_first(shape, 1) == driver._prefetches_first(kernel, pool)
             assert rules.prefetches_first(shape, 0) == driver._prefetches_first(kernel, with_gaps) == 0
+            two_heads = np.empty((2, page_size, 2, 576), np.float16)
+            assert driver._prefetch_tiles(kernel, two_heads) == driver._prefetches_first(kernel, two_heads) == 0
             rules.box(shape, page_size, box)
             assert tuple(box) == params.pool_box(page_size, kernel.cluster_ctas)
 

@@ -59,10 +59,11 @@ inline void mbarrier_arrive_expect_tx(u32, u32 bytes) { bytes_expected += bytes;
 inline void fence_proxy_async() {}
 inline void st_shared_zero_16(u32) {}
 inline void trap() {}
-inline void griddepcontrol_wait() {}
+inline void previous_kernel_ends();
+inline void griddepcontrol_wait() { previous_kernel_ends(); }
 inline u32 ld_relaxed_gpu(const u32* address) { return *address; }
-inline bool has_begun;
-inline bool mbarrier_test_parity(u32, u32) { return has_begun; }
+inline bool has_begun;  // phase 0 is over; before, the one with parity 1 counts as over
+inline bool mbarrier_test_parity(u32, u32 parity) { return parity == 1 || has_begun; }
 inline std::vector<long long> prefetched;  // address, bytes
 inline void cp_async_bulk_prefetch(const void* source, u32 bytes) {
   prefetched.insert(prefetched.end(), {(long long)(source), bytes});
@@ -111,6 +112,21 @@ static int __shfl_sync(unsigned, int value, int lane) {
 #include "load_kv.cuh"
 #include "prefetch.cuh"
 static TensorMap pool_map;
+// What the kernel is given, and the arrays as they will be when the previous kernel has ended: before, they are zeros
+// of the same size, and the schedule is a hint.
+static DecodeParams given;
+static const DecodeParams* true_arrays;
+static int waited_lanes;
+void previous_kernel_ends() {
+  warp.arrive_and_wait();
+  if (threadIdx.x == 0) {
+    given.block_table = true_arrays->block_table;
+    given.cache_seqlens = true_arrays->cache_seqlens;
+    given.work = true_arrays->work;
+    waited_lanes = 32;
+  }
+  warp.arrive_and_wait();
+}
 template <u32 kCtas>
 static void producer(const DecodeParams& params, const Block& block, const int* hint) {
   load_kv<kCtas>(kv, kv_full, kv_empty, &pool_map, params, block, Stretch::from_hint(hint[threadIdx.x % 4]));
@@ -124,20 +140,26 @@ extern "C" int run(const DecodeParams* params, const int* box, int ctas, int ran
   bytes_expected = 0;
   rank_of_cta = rank;
   const Block block = {worker, kv_head, rank};
+  given = *params;
+  true_arrays = params;
+  waited_lanes = 0;
+  const std::vector<int> zeros(std::max(params->batch * params->max_pages, 2 * worker + 4));
+  given.block_table = given.cache_seqlens = given.work = zeros.data();
   std::vector<std::thread> threads;
   for (unsigned lane = 0; lane < 32; ++lane) threads.emplace_back([&, lane] {
     threadIdx.x = lane;
-    if (ctas == 1) producer<1>(*params, block, hint);
-    if (ctas == 2) producer<2>(*params, block, hint);
+    if (ctas == 1) producer<1>(given, block, hint);
+    if (ctas == 2) producer<2>(given, block, hint);
   });
   for (std::thread& thread : threads) thread.join();
+  if (waited_lanes != 32) return -2;
   if (int(loads.size()) > capacity) return -1;
   std::copy(loads.begin(), loads.end(), out);
   return int(loads.size());
 }
 // Lane by lane: they do not meet there.
-extern "C" int prefetch(const DecodeParams* params, int row_block, int worker, const int* hint, int begun,
-                        long long* out, int capacity) {
+extern "C" int prefetch(const DecodeParams* params, int row_block, int worker, int begun, long long* out,
+                        int capacity) {
   prefetched.clear();
   has_begun = begun != 0;
   const Block block = {worker, 0, row_block};
@@ -145,7 +167,7 @@ extern "C" int prefetch(const DecodeParams* params, int row_block, int worker, c
   std::vector<std::thread> threads;
   for (unsigned lane = 0; lane < 32; ++lane) threads.emplace_back([&, lane] {
     threadIdx.x = lane;
-    const Stretch stretch = Stretch::from_hint(hint[lane % 4]);
+    const Stretch stretch = Stretch::from_hint(Stretch::read_hint(*params, worker));
     if (lane == 0) stretches.push_back(stretch);
   });
   for (std::thread& thread : threads) thread.join();
@@ -186,6 +208,7 @@ def producer(library):
         box = (ctypes.c_int * 5)(*params.pool_box(1 << int(record["page_size_log2"][0]), ctas))
         hint_at = ctypes.c_void_p(hint.ctypes.data)
         count = library.run(record_at, box, ctas, rank, worker, 0, hint_at, loads_at, loads.size)
+        assert count != -2, "it has not waited for the previous kernel"
         assert count >= 0, "more loads than expected"
         waits = np.empty(1 << 16, np.int32)
         num_waits = library.waited(ctypes.c_void_p(waits.ctypes.data), waits.size)
@@ -282,12 +305,12 @@ ROW_BYTES, PIECE_TOKENS = HEAD_DIM_QK * 2, 16
 
 @pytest.fixture(scope="module")
 def prefetch(library):
-    """``run(record, row_block, worker, hint, begun)``: what one CTA prefetches, ``[n, 2]``: address, bytes."""
+    """``run(record, row_block, worker, begun)``: what one CTA prefetches, ``[n, 2]``: address, bytes."""
 
-    def run(record: np.ndarray, row_block: int, worker: int, hint: np.ndarray, begun: bool) -> np.ndarray:
+    def run(record: np.ndarray, row_block: int, worker: int, begun: bool) -> np.ndarray:
         out = np.empty(1 << 10, np.int64)
-        at = [ctypes.c_void_p(array.ctypes.data) for array in (record, hint, out)]
-        count = library.prefetch(at[0], row_block, worker, at[1], int(begun), at[2], out.size)
+        record_at, out_at = ctypes.c_void_p(record.ctypes.data), ctypes.c_void_p(out.ctypes.data)
+        count = library.prefetch(record_at, row_block, worker, int(begun), out_at, out.size)
         assert count >= 0, "more than expected"
         return out[:count].reshape(-1, 2)
 
@@ -304,8 +327,12 @@ def test_hints_prefetch_the_first_tile_and_nothing_else(prefetch, data, lengths,
     pages = st.integers(0, num_pages - 1) if is_right else st.one_of(st.integers(-2, num_pages + 1), INT32)
     size = len(lengths) * columns
     table = np.array(data.draw(st.lists(pages, min_size=size, max_size=size)), np.int32).reshape(-1, columns)
+    seen = np.ascontiguousarray(work, np.int32)
+    if not is_right:
+        values = st.lists(st.one_of(st.integers(-2, 12), INT32), min_size=seen.size, max_size=seen.size)
+        seen = np.array(data.draw(values), np.int32)
     record = np.zeros(1, DECODE_PARAMS)
-    arrays = {"block_table": table, "cache_seqlens": lengths}
+    arrays = {"block_table": table, "cache_seqlens": lengths, "work": seen}
     for name, array in arrays.items():
         record[name] = array.ctypes.data
     record["kv"], record["kv_stride_page"] = KV, (page_size + 3) * HEAD_DIM_QK
@@ -314,12 +341,8 @@ def test_hints_prefetch_the_first_tile_and_nothing_else(prefetch, data, lengths,
     record["prefetches_first"], record["row_blocks"] = 1, row_blocks
     page_bytes = int(record["kv_stride_page"][0]) * 2
     for worker in range(num_workers):
-        hint = work[worker : worker + 2].reshape(4).astype(np.int32) if is_right else hint_of(data, work, worker)
-        found = [
-            tuple(map(int, piece))
-            for block in range(row_blocks)
-            for piece in prefetch(record, block, worker, hint, False)
-        ]
+        pieces = [prefetch(record, block, worker, False) for block in range(row_blocks)]
+        found = [tuple(piece) for piece in np.concatenate(pieces).tolist()]
         for address, size in found:
             page, inside = divmod(address - KV, page_bytes)
             assert 0 <= page < num_pages
@@ -336,6 +359,6 @@ def test_hints_prefetch_the_first_tile_and_nothing_else(prefetch, data, lengths,
                         address = KV + int(table[sequence, column]) * page_bytes + row * ROW_BYTES
                         expected.append((address, PIECE_TOKENS * ROW_BYTES))
             assert sorted(found) == sorted(expected)
-        assert all(len(prefetch(record, block, worker, hint, True)) == 0 for block in range(row_blocks))
+        assert all(len(prefetch(record, block, worker, True)) == 0 for block in range(row_blocks))
     record["prefetches_first"] = 0
-    assert len(prefetch(record, 0, 0, work[:2].reshape(4).astype(np.int32), False)) == 0
+    assert len(prefetch(record, 0, 0, False)) == 0

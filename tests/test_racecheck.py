@@ -21,7 +21,7 @@ FUNCTIONS = {
     0x500: "start_out",
 }
 OTHER = {0xB380: "exchange_products", 0x880: "exchange_products", 0x890: "load_kv"}
-KERNELS = {"rows64": FUNCTIONS, "rows16": OTHER}
+KERNELS = {"mla_decode_sm90.rows64": FUNCTIONS, "mla_decode_swapped_sm90.rows16": OTHER}
 
 
 def log_of(*reports: tuple[str, ...]) -> str:
@@ -38,7 +38,7 @@ FLAGS = (
     "Read access at mla_decode_sm90+0x9980",
     "Write access at st_release_shared(unsigned int, unsigned int)+0x20b50 in ptx.cuh:156",
 )
-OTHERS_PRODUCTS = ("Write access at mla_decode+0xb380", "Read access at mla_decode+0x880")
+OTHERS_PRODUCTS = ("Write access at mla_decode_swapped_sm90+0xb380", "Read access at exchange_products()+0x880")
 
 
 def test_known_exchanges_and_polled_flags_pass() -> None:
@@ -53,8 +53,12 @@ def test_known_exchanges_and_polled_flags_pass() -> None:
         ("Write access at mla_decode_sm90+0xb380", "Read access at mla_decode_sm90+0x2b50"),  # two exchanges
         ("Write access at start_out()+0x500", "Read access at ld_acquire_shared(unsigned int)+0x9980"),
         ("Write access at mla_decode_sm90+0xb380", "Read access at mla_decode_sm90+0xb410"),  # no such instruction
-        ("Write access at mla_decode+0xb380", "Read access at mla_decode+0x890"),
-        ("Write access at mla_decode+0x2b50", "Read access at mla_decode+0x880"),  # of two kernels
+        ("Write access at mla_decode_swapped_sm90+0xb380", "Read access at mla_decode_swapped_sm90+0x890"),
+        ("Write access at take_probabilities()+0x2b50", "Read access at exchange_products()+0x880"),  # of two kernels
+        (
+            "Write access at mla_decode_sm90+0xb380",
+            "Read access at exchange_products()+0x880",
+        ),  # known of the other one
         (FLAGS[1], "Write access at Consumer::write_item()+0xb380"),
     ],
 )

@@ -117,7 +117,7 @@ static CUtensorMap pool_map(CUdeviceptr pool, MlacoreShape shape, int num_pages)
 }
 
 static void launch(CUfunction function, const MlacoreKernel *kernel, const int grid[3], void **arguments) {
-  /* Programmatic stream serialization may be added as an attribute: the decode kernels wait for what they read. */
+  /* Programmatic stream serialization may be added as an attribute: the decode kernels wait for what they rely on. */
   const CUlaunchConfig config = {.gridDimX = (unsigned)grid[0], .gridDimY = (unsigned)grid[1],
                                  .gridDimZ = (unsigned)grid[2], .blockDimX = (unsigned)kernel->threads, .blockDimY = 1,
                                  .blockDimZ = 1, .sharedMemBytes = (unsigned)kernel->shared_bytes};
