@@ -47,6 +47,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     pytest.skip(reason)
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What CuPy keeps of large tests is given back: workers and the programs that tests start share one GPU."""
+    if item.get_closest_marker("gpu") is not None and missing_gpu() is None:
+        import cupy
+
+        pool = cupy.get_default_memory_pool()
+        if pool.total_bytes() > 1 << 30:
+            pool.free_all_blocks()
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """A driver that writes down what it is given, for tests of launches."""
