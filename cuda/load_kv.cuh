@@ -3,6 +3,7 @@
 #include "cluster.cuh"
 #include "params.cuh"
 #include "pipeline.cuh"
+#include "prefetch.cuh"
 #include "work.cuh"
 
 constexpr u32 kTileTokensLog2 = 6;
@@ -93,9 +94,7 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
           if (params.prefetch_tiles > 0 && !is_early && ahead < end * i32(kTileTokens)) {
             const i32 page_ahead = pages.page(ahead), row = ahead & page_mask;
             if (lane == 0 && u32(page_ahead) < u32(params.num_pages)) {
-              constexpr i32 kRowElems = kChunks * kChunkColumns;
-              cp_async_bulk_prefetch(params.kv + page_ahead * params.kv_stride_page + row * kRowElems,
-                                     kShareRows * kRowElems * sizeof(u16));
+              prefetch_rows<kShareRows>(params, page_ahead, row);
             }
           }
         }

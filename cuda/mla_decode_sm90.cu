@@ -456,7 +456,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void write_lse(const Item& item, u32 i, float lse) const {
-    if (group != 0 || lane % 4 != 0 || shared.rows.out_row[row + 8 * i] < 0) return;
+    if (group != 0 || lane % 4 != 0 || !exists(i)) return;
     const i64 first_row = first_row_of(params, item.sequence);
     params.lse[first_row + shared.rows.lse_row[row + 8 * i]] = lse * kLn2;
   }

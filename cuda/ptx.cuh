@@ -118,6 +118,9 @@ __device__ __forceinline__ u32 ld_relaxed_gpu(const u32* address) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
+__device__ __forceinline__ i32 ld_relaxed_gpu(const i32* address) {
+  return i32(ld_relaxed_gpu(reinterpret_cast<const u32*>(address)));
+}
 __device__ __forceinline__ void st_relaxed_gpu(u32* address, u32 value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }

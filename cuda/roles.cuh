@@ -68,7 +68,7 @@ struct RoleBarriers {
 template <typename SharedPlan, typename Merge, typename Consume>
 __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* kv_map, const DecodeParams& params,
                                           const Block& block, const Merge& merge, const Consume& consume) {
-  const u32 hint_word = Stretch::read_hint(params, block.worker);  // on its way while barriers are initialised
+  const i32 hint_word = Stretch::read_hint(params, block.worker);  // on its way while barriers are initialised
   if (threadIdx.x == 0) {
     shared.barriers.init();
     fence_mbarrier_init();

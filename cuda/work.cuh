@@ -83,13 +83,13 @@ struct Stretch {
   // As a hint, by whole warps: read_hint() may come before the end of the previous kernel, which may be about to write
   // it. One request a warp, as all warps of the GPU read a few lines of L2 (four cost clusters 0.7 us at b=1, h_q=128,
   // 4K on an H100), and nothing stays in L1.
-  __device__ __forceinline__ static u32 read_hint(const DecodeParams& params, i32 worker) {
-    return ld_relaxed_gpu(reinterpret_cast<const u32*>(params.work) + 2 * worker + threadIdx.x % 4);
+  __device__ __forceinline__ static i32 read_hint(const DecodeParams& params, i32 worker) {
+    return ld_relaxed_gpu(params.work + 2 * worker + threadIdx.x % 4);
   }
-  __device__ __forceinline__ static Stretch from_hint(u32 word) {
+  __device__ __forceinline__ static Stretch from_hint(i32 word) {
     i32 words[4];
 #pragma unroll
-    for (i32 i = 0; i < 4; ++i) words[i] = __shfl_sync(0xffffffffu, i32(word), i);
+    for (i32 i = 0; i < 4; ++i) words[i] = __shfl_sync(0xffffffffu, word, i);
     return {{words[0], words[1]}, {words[2], words[3]}};
   }
   // Of a hint: whether it can be one.

@@ -61,7 +61,7 @@ inline void st_shared_zero_16(u32) {}
 inline void trap() {}
 inline void previous_kernel_ends();
 inline void griddepcontrol_wait() { previous_kernel_ends(); }
-inline u32 ld_relaxed_gpu(const u32* address) { return *address; }
+inline i32 ld_relaxed_gpu(const i32* address) { return *address; }
 inline bool has_begun;  // phase 0 is over; before, the one with parity 1 counts as over
 inline bool mbarrier_test_parity(u32, u32 parity) { return parity == 1 || has_begun; }
 inline std::vector<long long> prefetched;  // address, bytes
@@ -116,14 +116,14 @@ static TensorMap pool_map;
 // of the same size, and the schedule is a hint.
 static DecodeParams given;
 static const DecodeParams* true_arrays;
-static int waited_lanes;
+static bool has_waited;
 void previous_kernel_ends() {
   warp.arrive_and_wait();
   if (threadIdx.x == 0) {
     given.block_table = true_arrays->block_table;
     given.cache_seqlens = true_arrays->cache_seqlens;
     given.work = true_arrays->work;
-    waited_lanes = 32;
+    has_waited = true;
   }
   warp.arrive_and_wait();
 }
@@ -142,7 +142,7 @@ extern "C" int run(const DecodeParams* params, const int* box, int ctas, int ran
   const Block block = {worker, kv_head, rank};
   given = *params;
   true_arrays = params;
-  waited_lanes = 0;
+  has_waited = false;
   const std::vector<int> zeros(std::max(params->batch * params->max_pages, 2 * worker + 4));
   given.block_table = given.cache_seqlens = given.work = zeros.data();
   std::vector<std::thread> threads;
@@ -152,7 +152,7 @@ extern "C" int run(const DecodeParams* params, const int* box, int ctas, int ran
     if (ctas == 2) producer<2>(given, block, hint);
   });
   for (std::thread& thread : threads) thread.join();
-  if (waited_lanes != 32) return -2;
+  if (!has_waited) return -2;
   if (int(loads.size()) > capacity) return -1;
   std::copy(loads.begin(), loads.end(), out);
   return int(loads.size());

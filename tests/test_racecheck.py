@@ -55,10 +55,8 @@ def test_known_exchanges_and_polled_flags_pass() -> None:
         ("Write access at mla_decode_sm90+0xb380", "Read access at mla_decode_sm90+0xb410"),  # no such instruction
         ("Write access at mla_decode_swapped_sm90+0xb380", "Read access at mla_decode_swapped_sm90+0x890"),
         ("Write access at take_probabilities()+0x2b50", "Read access at exchange_products()+0x880"),  # of two kernels
-        (
-            "Write access at mla_decode_sm90+0xb380",
-            "Read access at exchange_products()+0x880",
-        ),  # known of the other one
+        # Known of the other kernel:
+        ("Write access at mla_decode_sm90+0xb380", "Read access at exchange_products()+0x880"),
         (FLAGS[1], "Write access at Consumer::write_item()+0xb380"),
     ],
 )
