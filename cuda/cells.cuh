@@ -43,8 +43,11 @@ class FloatCell {
     return {__float_as_uint(values_[0]), __float_as_uint(values_[1]), __float_as_uint(values_[2]),
             __float_as_uint(values_[3]) | mark};
   }
+  // The cell carries the mark if none of kMarkBits differs.
+  static constexpr u32 kMarkBits = 0xff;
+  __device__ __forceinline__ static u32 mark_difference(const uint4& cell, u32 mark) { return cell.w ^ mark; }
   __device__ __forceinline__ static bool is_marked(const uint4& cell, u32 mark) {
-    return (cell.w & kMarkMask) == mark;
+    return (mark_difference(cell, mark) & kMarkBits) == 0;
   }
 
   // Value i is number(i) times unit(1).
@@ -52,8 +55,7 @@ class FloatCell {
   __device__ __forceinline__ float unit(float weight) const { return weight; }
 
  private:
-  static constexpr u32 kMarkMask = 0xff;
-  __device__ __forceinline__ static float without_mark(u32 bits) { return __uint_as_float(bits & ~kMarkMask); }
+  __device__ __forceinline__ static float without_mark(u32 bits) { return __uint_as_float(bits & ~kMarkBits); }
 
   float values_[kValues];
 };
@@ -91,13 +93,17 @@ class IntegerCell {
     u32 words[4];
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-      const u32 low = __float_as_uint(shifted_[2 * i]), high = __float_as_uint(shifted_[2 * i + 1]);
-      words[i] = (low & kIntegerMask) | (high << kBits & ~kIntegerMask & ~kLastBits) | (last_bits[i] & kLastBits);
+      const u32 low = __float_as_uint(shifted_[2 * i]), high = __float_as_uint(shifted_[2 * i + 1]) << kBits;
+      words[i] = select_bits(kLastBits, last_bits[i], select_bits(kIntegerMask, low, high));
     }
     return {words[0], words[1], words[2], words[3]};
   }
+  static constexpr u32 kMarkBits = 0xf0000000u;
+  __device__ __forceinline__ static u32 mark_difference(const uint4& cell, u32 mark) {
+    return (cell.x ^ mark << 28) | (cell.y ^ mark << 24);
+  }
   __device__ __forceinline__ static bool is_marked(const uint4& cell, u32 mark) {
-    return (((cell.x ^ mark << 28) | (cell.y ^ mark << 24)) & kLastBits) == 0;
+    return (mark_difference(cell, mark) & kMarkBits) == 0;
   }
 
   // Value i is number(i) times unit(1). The last bit makes a NaN of a unit that would be infinite.
@@ -109,7 +115,7 @@ class IntegerCell {
  private:
   static constexpr u32 kBits = 14;
   static constexpr u32 kIntegerMask = (1u << kBits) - 1;
-  static constexpr u32 kLastBits = 0xf0000000u;        // of a word
+  static constexpr u32 kLastBits = kMarkBits;          // of a word
   static constexpr u32 kExponentMask = 0x7f800000u;    // of a float32
   static constexpr u32 kLeastExponent = 16u << 23;     // below, the inverse of the unit would overflow
   static constexpr u32 kInverseExponent = 266u << 23;  // exponents of the largest value and what scales it add up to it
@@ -139,6 +145,8 @@ struct HeadsOnM {
   static constexpr u32 kRowPairs = kRows / 2;
   static constexpr u32 kCells = kRows * kHeadDimV / Cell::kValues;
   static constexpr u32 kUnitCells = 2;
+  static constexpr u32 kUnitRows = 8;
+  static constexpr u32 kSplitLanes = 1;  // from a lane that sees to one split of a row to that of the next split
   static constexpr u32 kCellColumns = 32;
   static constexpr u32 kRowCells = kHeadDimV / kCellColumns;  // of a lane
   static constexpr u32 kRowUnits = kRowCells / kUnitCells;
@@ -161,6 +169,9 @@ struct HeadsOnM {
   __device__ __forceinline__ u32 pair() const { return pair_of(row_group / 2 * kWarpThreads + lane); }
   __device__ __forceinline__ u32 row_of_pair() const { return row_group % 2; }
   __device__ __forceinline__ bool has_first_column() const { return first_column == 0 && lane % 4 == 0; }
+  // Lanes of one row each see to one of a batch of splits.
+  __device__ __forceinline__ u32 split_of_lane() const { return lane % 4; }
+  __device__ __forceinline__ u32 lane_of_split(u32 split) const { return lane / 4 * 4 + split; }
 
   // The row's sums, times `scale`, in 16-bit elements; not if `row` is null. All lanes take part.
   template <typename Element>
@@ -184,6 +195,8 @@ struct HeadsOnN {
   static constexpr u32 kRowPairs = kRows / 2;
   static constexpr u32 kCells = kRows * kHeadDimV / Cell::kValues;
   static constexpr u32 kUnitCells = 1;
+  static constexpr u32 kUnitRows = 4;
+  static constexpr u32 kSplitLanes = 4;
   static constexpr u32 kCellChunks = Cell::kValues / 2;
   static constexpr u32 kGroupColumns = kHeadDimV / 2;
   static constexpr u32 kWarpUnits = kGroupColumns / kChunkColumns / kCellChunks;
@@ -214,6 +227,8 @@ struct HeadsOnN {
   __device__ __forceinline__ u32 row_of_pair() const { return e; }
   __device__ __forceinline__ u32 row() const { return 2 * pair() + e; }
   __device__ __forceinline__ bool has_first_column() const { return first_column == 0 && lane < 4; }
+  __device__ __forceinline__ u32 split_of_lane() const { return lane / 4; }
+  __device__ __forceinline__ u32 lane_of_split(u32 split) const { return split * 4 + lane % 4; }
 
   template <typename Element>
   __device__ __forceinline__ void store(u16* row, const float (&sums)[kUnitCells][Cell::kValues], float scale) const {

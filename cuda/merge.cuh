@@ -42,11 +42,14 @@ struct SplitGroup {
   bool first_begins_worker;  // the first split is its worker's first item
 
   SplitGroup() = default;
-  __device__ __forceinline__ SplitGroup(const DecodeParams& params, i32 s) : sequence(s) {
+  // All that it reads comes at the same time if `hinted_worker` is the first one.
+  __device__ __forceinline__ SplitGroup(const DecodeParams& params, i32 s, i32 hinted_worker) : sequence(s) {
     const int2 splits = reinterpret_cast<const int2*>(params.splits)[s];
+    i32 begins = hinted_worker >= 0 ? params.work[2 * hinted_worker] : -1;
     first_worker = splits.x;
     num_splits = splits.y;
-    first_begins_worker = params.work[2 * first_worker] == s;
+    if (first_worker != hinted_worker) begins = params.work[2 * first_worker];
+    first_begins_worker = begins == s;
   }
   __device__ __forceinline__ bool is_many() const { return num_splits > 2; }
   // Later splits are the first item of their worker.
@@ -135,17 +138,31 @@ class SplitMerge {
 
   // ---- the herald ----
 
+  // Before the previous kernel has ended: the first worker of the sequence that announce() will ask for, or -1.
+  __device__ __forceinline__ i32 hinted_first_worker(const Stretch& hint) const {
+    const i32 sequence = own_sequence(hint);
+    if (u32(sequence) >= u32(params_.batch)) return -1;
+    const i32 worker = ld_relaxed_gpu(params_.splits + 2 * sequence);
+    return u32(worker) < gridDim.z ? worker : -1;
+  }
   // Reads who shares the worker's first and last item, and tells the other splits that this one has started.
-  __device__ __forceinline__ void announce() const {
+  __device__ __forceinline__ void announce(const Stretch& hint, i32 hinted_worker) const {
     const u32 lane = threadIdx.x % kWarpThreads;
     LaunchCounters* launches = reinterpret_cast<LaunchCounters*>(params_.launches);
     const u32 number = ld_relaxed_gpu(&launches->number);
     const Stretch stretch(params_, block_.worker);
     SplitGroup group;
-    group.num_splits = 0;
-    if (stretch.has_items() && (lane == 0 || (lane == 1 && stretch.last_sequence != stretch.first_sequence))) {
-      group = SplitGroup(params_, lane == 0 ? stretch.first_sequence : stretch.last_sequence);
+    const i32 hinted_sequence = own_sequence(hint);
+    if (hinted_worker >= 0) group = SplitGroup(params_, hinted_sequence, hinted_worker);
+    const i32 sequence = own_sequence(stretch);
+    if (sequence < 0) {
+      group.num_splits = 0;
+    } else if (hinted_worker < 0 || sequence != hinted_sequence) {
+      group = SplitGroup(params_, sequence, -1);
     }
+    // On its way while the rest is written down.
+    const u32 last_split = group.is_many() ? u32(group.num_splits - 1) : 0;
+    const u32 started = last_split > 0 ? atom_inc_relaxed_gpu(counter(group), last_split) : 0;
     if (lane < 2) shared_.groups[lane] = group;
     if (group.is_many()) shared_.slices[lane] = slice_of(group, block_.worker - group.first_worker);
     if (lane == 0) {
@@ -156,29 +173,28 @@ class SplitMerge {
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared_address(&shared_.ready));
+    const bool starts_last = last_split > 0 && started == last_split;
+#pragma unroll 1
+    for (u32 i = 0; i < 2; ++i) {
+      if (!__shfl_sync(0xffffffffu, starts_last, i32(i))) continue;
+      const SplitGroup& others = shared_.groups[i];
+      __syncwarp();  // the count comes before every lane's fence
+      fence_sc_gpu();
+      u32 found = 0;
+      for (i32 split = i32(lane); split < others.num_splits; split += i32(kWarpThreads)) {
+        found |= ld_relaxed_gpu(abandoned(others, split));
+      }
+      const Standing standing = __any_sync(0xffffffffu, found != 0) ? kInherits : kAllStarted;
+      if (lane == 0) set_standing(i, standing);
+    }
+    // A first look: mostly all have started by now.
+    if (last_split > 0 && !starts_last && ld_relaxed_gpu(counter(group)) == 0) set_standing(lane, kAllStarted);
     if (lane == 2) {
       const u32 last = gridDim.x * gridDim.y * gridDim.z - 1;
       // All CTAs have read the number when the last of them gets here.
       if (atom_inc_acq_rel_gpu(&launches->started, last) == last) {
         st_relaxed_gpu(&launches->number, number == kLaunchNumbers - 1 ? 0 : number + 1);
       }
-    }
-    bool starts_last = false;
-    if (group.is_many()) {
-      starts_last = atom_inc_relaxed_gpu(counter(group), u32(group.num_splits - 1)) == u32(group.num_splits - 1);
-    }
-#pragma unroll 1
-    for (u32 i = 0; i < 2; ++i) {
-      if (!__shfl_sync(0xffffffffu, starts_last, i32(i))) continue;
-      const SplitGroup& started = shared_.groups[i];
-      __syncwarp();  // the count comes before every lane's fence
-      fence_sc_gpu();
-      u32 found = 0;
-      for (i32 split = i32(lane); split < started.num_splits; split += i32(kWarpThreads)) {
-        found |= ld_relaxed_gpu(abandoned(started, split));
-      }
-      const Standing standing = __any_sync(0xffffffffu, found != 0) ? kInherits : kAllStarted;
-      if (lane == 0) set_standing(i, standing);
     }
   }
   // Two splits, of the worker's first or of its last item: to be called shortly before the item ends, once each. What
@@ -300,8 +316,9 @@ class SplitMerge {
   static constexpr i32 kWarps = kThreads / kWarpThreads;
   using Cell = typename Cells::Cell;
   static constexpr u32 kUnitCells = Cells::kUnitCells;
-  // Splits of which a lane loads its cells at once: a merge waits on L2, not on arithmetic.
-  static constexpr i32 kBatch = kUnitCells == 1 ? 8 : 4;
+  // Splits of which a lane loads its cells at once. It sees to the weight of one of them, for one row of the unit: few
+  // instructions, which a merge waits for as much as for L2.
+  static constexpr u32 kBatch = kWarpThreads / Cells::kUnitRows;
   static constexpr i32 kPartBatch = kUnitCells == 1 ? 4 : 2;  // parts that are added up at once
 
   // A lane's cells of some splits, added up relative to `top`, the largest of their log-sum-exps.
@@ -337,6 +354,14 @@ class SplitMerge {
   MergeShared& shared_;
   const RowTable& rows_;
   State* scratch_;
+
+  // Lane 0: the sequence of the worker's first item; lane 1: of its last one, if that is another; else -1.
+  __device__ __forceinline__ static i32 own_sequence(const Stretch& stretch) {
+    const u32 lane = threadIdx.x % kWarpThreads;
+    if (!stretch.has_items()) return -1;
+    if (lane == 0) return stretch.first_sequence;
+    return lane == 1 && stretch.last_sequence != stretch.first_sequence ? stretch.last_sequence : -1;
+  }
 
   // The splits that share the worker's first item, or its last one if that is another.
   __device__ __forceinline__ const SplitGroup& group_of(bool is_first) const {
@@ -402,7 +427,7 @@ class SplitMerge {
     Slice slice = {i32(u32(split * units) / u32(num_splits)), i32(u32((split + 1) * units) / u32(num_splits)), 0};
     const i32 own_units = slice.end_unit - slice.begin_unit;
 #pragma unroll 1
-    for (i32 parts = 2; parts * own_units <= kWarps && parts <= num_splits && parts <= kWarps; parts *= 2) {
+    for (i32 parts = 2; parts * own_units <= kWarps && parts < num_splits && parts <= kWarps; parts *= 2) {
       ++slice.parts_log2;
     }
     return slice;
@@ -433,10 +458,6 @@ class SplitMerge {
     } while (unit < end && parts == 1);
   }
 
-  __device__ __forceinline__ static const uint4* bytes_after(const uint4* from, u32 count, u32 bytes) {
-    return reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(from) + u64(count) * bytes);
-  }
-
   // Of splits [begin, end), once their cells are there. Meanwhile it finds out where the result goes.
   __device__ __forceinline__ State sum_of_splits(const SplitGroup& group, i32 unit, i32 begin, i32 end,
                                                  Place& place) const {
@@ -446,25 +467,25 @@ class SplitMerge {
     // less than 2^32 bytes: mlacore/plan.py limits the rows.
     const u32 lse_slot = u32(params_.blocks_per_worker) * Cells::kRowPairs * kCellBytes;
     const u32 slot = u32(params_.blocks_per_worker) * Cells::kCells * kCellBytes;
-    const uint4* const first_lse_cell = partial_lses(2 * group.first_worker) + at.pair();
-    const uint4* const first_cell =
-        partial_cells(2 * group.first_worker) + u32(unit) * (kUnitCells * kWarpThreads) + at.lane;
-    const u32 first_is_odd = group.first_begins_worker ? 0 : 1;
+    const u32 own = at.split_of_lane();
+    const i32 first_slot = 2 * (group.first_worker + begin);
+    const uint4* first_lse = partial_lses(first_slot) + at.pair();
+    const uint4* first_cell = partial_cells(first_slot) + u32(unit) * (kUnitCells * kWarpThreads) + at.lane;
     State state = {{}, 0.f, -infinity()};
 #pragma unroll 1
-    for (i32 first = begin; first < end; first += kBatch) {
-      const uint4 *lse_cell[kBatch], *cell[kBatch];
-      uint4 lses[kBatch], cells[kBatch][kUnitCells];
+    for (i32 first = begin; first < end; first += i32(kBatch)) {
+      // Where there are fewer splits than a batch has, the last one stands in, without weight: not the first one of the
+      // sequence, as a part with it has others.
+      const u32 last = u32(end - 1 - first), odd = first == 0 && !group.first_begins_worker ? 1 : 0;
+      const uint4* const lse_cell = bytes_after(first_lse, lse_slot, own == 0 ? odd : 2 * min(own, last));
+      const uint4* cell[kBatch];
 #pragma unroll
-      for (i32 i = 0; i < kBatch; ++i) {
-        // Where there are fewer splits than a batch has, the last one stands in, without weight.
-        const u32 split = u32(min(first + i, end - 1)), slots = 2 * split + (split == 0 ? first_is_odd : 0);
-        lse_cell[i] = bytes_after(first_lse_cell, slots, lse_slot);
-        cell[i] = bytes_after(first_cell, slots, slot);
-      }
+      for (u32 i = 0; i < kBatch; ++i) cell[i] = bytes_after(first_cell, slot, i == 0 ? odd : 2 * min(i, last));
+      first_lse = bytes_after(first_lse, lse_slot, 2 * kBatch);
+      first_cell = bytes_after(first_cell, slot, 2 * kBatch);
+      uint4 lses = ld_relaxed_gpu_16(lse_cell), cells[kBatch][kUnitCells];
 #pragma unroll
-      for (i32 i = 0; i < kBatch; ++i) {
-        lses[i] = ld_relaxed_gpu_16(lse_cell[i]);
+      for (u32 i = 0; i < kBatch; ++i) {
 #pragma unroll
         for (u32 c = 0; c < kUnitCells; ++c) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * kWarpThreads);
       }
@@ -473,35 +494,35 @@ class SplitMerge {
       Watchdog watchdog;
 #pragma unroll 1
       while (true) {
-        bool is_there = true;
+        u32 difference = 0;
 #pragma unroll
-        for (i32 i = 0; i < kBatch; ++i) {
-          is_there = is_there && is_marked_lse(lses[i], mark);
+        for (u32 i = 0; i < kBatch; ++i) {
 #pragma unroll
-          for (u32 c = 0; c < kUnitCells; ++c) is_there = is_there && Cell::is_marked(cells[i][c], mark);
+          for (u32 c = 0; c < kUnitCells; ++c) difference |= Cell::mark_difference(cells[i][c], mark);
         }
+        const bool is_there = is_marked_lse(lses, mark) && (difference & Cell::kMarkBits) == 0;
         if (__all_sync(0xffffffffu, is_there || !exists)) break;
         watchdog.turn();
+        if (!is_marked_lse(lses, mark)) lses = ld_relaxed_gpu_16(lse_cell);
 #pragma unroll
-        for (i32 i = 0; i < kBatch; ++i) {
-          if (!is_marked_lse(lses[i], mark)) lses[i] = ld_relaxed_gpu_16(lse_cell[i]);
+        for (u32 i = 0; i < kBatch; ++i) {
 #pragma unroll
           for (u32 c = 0; c < kUnitCells; ++c) {
             if (!Cell::is_marked(cells[i][c], mark)) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * kWarpThreads);
           }
         }
       }
-      float lse[kBatch], top = -infinity();
+      const float lse = own <= last && exists ? unpack_lse(lses, at.row_of_pair()) : -infinity();
+      float top = lse;
 #pragma unroll
-      for (i32 i = 0; i < kBatch; ++i) {
-        lse[i] = first + i < end && exists ? unpack_lse(lses[i], at.row_of_pair()) : -infinity();
-        top = fmaxf(top, lse[i]);
+      for (u32 offset = Cells::kSplitLanes; offset < kBatch * Cells::kSplitLanes; offset *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
       }
-      const float base = state.raise(top);
+      const float own_weight = ex2(lse - state.raise(top));
+      state.total += own_weight;
 #pragma unroll
-      for (i32 i = 0; i < kBatch; ++i) {
-        const float weight = ex2(lse[i] - base);
-        state.total += weight;
+      for (u32 i = 0; i < kBatch; ++i) {
+        const float weight = __shfl_sync(0xffffffffu, own_weight, i32(at.lane_of_split(i)));
 #pragma unroll
         for (u32 c = 0; c < kUnitCells; ++c) {
           const Cell values(cells[i][c]);
@@ -510,6 +531,10 @@ class SplitMerge {
           for (u32 k = 0; k < Cell::kValues; ++k) state.sum[c][k] += values.number(k) * unit_of_values;
         }
       }
+    }
+#pragma unroll
+    for (u32 offset = Cells::kSplitLanes; offset < kBatch * Cells::kSplitLanes; offset *= 2) {
+      state.total += __shfl_xor_sync(0xffffffffu, state.total, offset);
     }
     return state;
   }

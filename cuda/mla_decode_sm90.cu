@@ -14,7 +14,8 @@
 //   warpgroup 0       224 registers  even tiles: S, softmax, P; columns   0-255 of O for all tiles
 //   warpgroup 1       224 registers  odd tiles:  S, softmax, P; columns 256-511 of O for all tiles
 //   warp 8             56 registers  TMA loads of K tiles (V is the same bytes)
-//   warps 9-11         56 registers  Q of the next item; warp 9 is the herald of merge.cuh as well, warp 11 prefetches
+//   warps 9-11         56 registers  Q of the next item; warp 9 is the herald of merge.cuh as well, warp 11 hands the
+//                                    first tile over (first_tile.cuh)
 //
 // Barriers:
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
@@ -22,7 +23,8 @@
 //   kv_full[s][p]      1 + bytes     TMA -> owner of the tile: part p of the tile in stage s has landed
 //   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: it has done O += P V of its half of
 //                      a CTA         stage s, and all else that it does with the stage
-//   begun              1             herald -> prefetching warp: the previous kernel has ended
+//   begun              1             herald -> TMA warp: the previous kernel has ended
+//   first_tile.*                     first_tile.cuh
 //   kProbabilities+s  named, 256     owner -> peer: P and the references of the tile in stage s are in shared memory,
 //                                    and all of V past the sequence's end is cleared
 //   kGroup+g          named, 128     within group g
@@ -467,15 +469,18 @@ __device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodePar
   Consumer group(shared, params, block, group_index);
   Item item;
   u32 tiles_before = 0, num_items = 0;
-  items.next(item);  // the length is on its way while Q is
-  await_first_query<kMerge>();
+  items.next(item);
   do {
     group.reference = {-infinity(), -infinity()};
     group.sum = {0.f, 0.f};
 #pragma unroll
     for (u32 i = 0; i < kGroupColumns / 2; ++i) group.out[i] = 0.f;
-    wait_phase(shared_address(&shared.barriers.q_full), (num_items - 1) % 2);  // passes at the first item
     const Tiles tiles(params, block, item, tiles_before);
+    if (num_items == 0) {
+      await_first_query<kMerge>();
+    } else {
+      wait_phase(shared_address(&shared.barriers.q_full), (num_items - 1) % 2);
+    }
     if (tiles.count == 0) {
       group.release_q();
     } else if (group_index == 0) {

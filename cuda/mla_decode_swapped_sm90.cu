@@ -14,7 +14,8 @@
 //   warpgroup 0   224 registers  one half of K Q^T's reduction, softmax of half of the rows, columns   0-255 of O
 //   warpgroup 1   224 registers  the other half,                the other rows,              columns 256-511 of O
 //   warp 8         56 registers  TMA loads of K tiles (V is the same bytes)
-//   warps 9-11     56 registers  Q of the next item; warp 9 is the herald of merge.cuh as well, warp 11 prefetches
+//   warps 9-11     56 registers  Q of the next item; warp 9 is the herald of merge.cuh as well, warp 11 hands the first
+//                                tile over (first_tile.cuh)
 //
 // Barriers:
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
@@ -22,7 +23,8 @@
 //   kv_full[s][p]      1 + bytes     TMA -> both groups: part p of the tile in stage s has landed
 //   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: O += V^T P has read its half of the
 //                      a CTA         latent columns in stage s (and both groups' K Q^T all of the stage, before P)
-//   begun              1             herald -> prefetching warp: the previous kernel has ended
+//   begun              1             herald -> TMA warp: the previous kernel has ended
+//   first_tile.*                     first_tile.cuh
 //   kGroup+g          named, 128     within group g: row maxima exchanged
 //   kScores           named, 256     both groups: halves of K Q^T exchanged; P of the tile before has been read
 //   kProbabilities    named, 256     both groups: P is complete, V past the end is cleared, what was exchanged has been
@@ -469,8 +471,7 @@ __device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodePar
   Item item;
   MergeTask task;
   u32 tiles_before = 0, num_items = 0;
-  items.next(item);  // the length is on its way while Q is
-  await_first_query<kMerge>();
+  items.next(item);
   do {
 #pragma unroll
     for (u32 i = 0; i < kOwnThreadRows; ++i) {
@@ -483,7 +484,11 @@ __device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodePar
       for (u32 i = 0; i < kAccumulators; ++i) group.out[c][i] = 0.f;
     }
     const Tiles tiles(params, block, item, tiles_before);
-    wait_phase(shared_address(&shared.barriers.q_full), (num_items - 1) % 2);  // passes at the first item
+    if (num_items == 0) {
+      await_first_query<kMerge>();
+    } else {
+      wait_phase(shared_address(&shared.barriers.q_full), (num_items - 1) % 2);
+    }
     group.attend(tiles);
     tiles_before += u32(tiles.count);
     group.finish_sums(num_items++ % 2);

@@ -36,6 +36,17 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier, u32 rank) {
       : "memory");
 }
 
+// A word to the same offset in CTA `rank` of the cluster, where it counts as bytes of `barrier` ("st.async").
+__device__ __forceinline__ void st_async_cluster(u32 address, u32 value, u32 barrier, u32 rank) {
+  asm volatile(
+      "{\n .reg .b32 remote, remote_barrier;\n"
+      " mapa.shared::cluster.u32 remote, %0, %3;\n"
+      " mapa.shared::cluster.u32 remote_barrier, %2, %3;\n"
+      " st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [remote], %1, [remote_barrier];\n}" ::"r"(address),
+      "r"(value), "r"(barrier), "r"(rank)
+      : "memory");
+}
+
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -287,7 +298,7 @@ __device__ __forceinline__ void st_shared_zero_16(u32 address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0u) : "memory");
 }
 
-// ---- arithmetic ("ex2.approx, lg2.approx, rcp.approx, max.NaN, cvt") -----------------------------------------------
+// ---- arithmetic ("ex2.approx, lg2.approx, rcp.approx, max.NaN, cvt, lop3, mad.wide") ------------------------------
 
 __device__ __forceinline__ float ex2(float x) {
   float y;
@@ -337,6 +348,21 @@ __device__ __forceinline__ void cvt_unpack(u32 packed, float& low, float& high) 
         : "=f"(low), "=f"(high)
         : "r"(packed));
   }
+}
+
+// Bits of `ones` where the mask has ones, else of `zeros` ("lop3"). In C++ it may become two instructions.
+__device__ __forceinline__ u32 select_bits(u32 mask, u32 ones, u32 zeros) {
+  u32 selected;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(selected) : "r"(mask), "r"(ones), "r"(zeros));
+  return selected;
+}
+
+// An address, `count` times `bytes` after another. In C++ it is two instructions.
+template <typename T>
+__device__ __forceinline__ const T* bytes_after(const T* from, u32 bytes, u32 count) {
+  const T* to;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(bytes), "r"(count), "l"(from));
+  return to;
 }
 
 // ---- WGMMA ("Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions") --------------------------------

@@ -2,11 +2,11 @@
 // that load Q. How it starts, what the loaders do, how it ends; the kernels bring the consumers.
 #pragma once
 #include "cluster.cuh"
+#include "first_tile.cuh"
 #include "layout.cuh"
 #include "load_kv.cuh"
 #include "load_q.cuh"
 #include "params.cuh"
-#include "prefetch.cuh"
 #include "ptx.cuh"
 #include "work.cuh"
 
@@ -50,8 +50,10 @@ struct RoleBarriers {
   u64 kv_full[kStages][kParts];
   u64 kv_empty[kStages][kHalves];
   u64 begun;
+  FirstTile<kClusterCtas, kParts, kPartChunks * kChunkBytes> first_tile;
 
-  // By one thread: the instruction takes its operands from uniform registers, and a warp does lanes one by one.
+  // All but the first tile's, by one thread: the instruction takes its operands from uniform registers, and a warp does
+  // lanes one by one.
   __device__ __forceinline__ void init() {
     mbarrier_init(shared_address(&q_full), kQLoaderWarps * kWarpThreads);
     mbarrier_init(shared_address(&q_empty), kConsumerWarps);
@@ -75,6 +77,9 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
   } else if (threadIdx.x == kWarpThreads) {
     merge.init();
     fence_mbarrier_init();
+  } else if (threadIdx.x == 2 * kWarpThreads) {
+    shared.barriers.first_tile.init();
+    fence_mbarrier_init();
   } else if (threadIdx.x == kConsumerThreads) {
     prefetch_tensormap(kv_map);
   }
@@ -82,23 +87,23 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
   griddepcontrol_launch_dependents();
 
   // Every role waits for the end of the previous kernel before it relies on anything in memory. What it reads earlier
-  // is a hint, and read again.
+  // is a hint: it may ask for what that leads to as soon as the wait is over, but reads it again.
   if (threadIdx.x >= kConsumerThreads) {
     setmaxnreg_dec<kProducerRegisters>();
     const u32 warp = (threadIdx.x - kConsumerThreads) / kWarpThreads;
     if (warp == 0) {
-      load_kv<kClusterCtas>(shared.kv, shared.barriers.kv_full, shared.barriers.kv_empty, kv_map, params, block,
-                            Stretch::from_hint(hint_word));
+      load_kv<kClusterCtas>(shared.kv, shared.barriers.kv_full, shared.barriers.kv_empty, shared.barriers.first_tile,
+                            shared.barriers.begun, kv_map, params, block, Stretch::from_hint(hint_word));
     } else {
       await_start<kClusterCtas>();
-      if (warp == 3) {
-        prefetch_first_tile(params, block, Stretch::from_hint(hint_word), shared.barriers.begun);
-        __syncwarp();  // no lane waits while others prefetch
-      }
+      const Stretch hint = Stretch::from_hint(hint_word);
+      const i32 hinted_worker = warp == 1 ? merge.hinted_first_worker(hint) : 0;
       griddepcontrol_wait();
       if (warp == 1) {
         if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(shared_address(&shared.barriers.begun));
-        merge.announce();
+        merge.announce(hint, hinted_worker);
+      } else if (warp == 3) {
+        shared.barriers.first_tile.hand_over(shared.barriers.kv_full[0]);
       }
       load_later_q<kQLoaderWarps>(shared.q, shared.barriers.q_full, shared.barriers.q_empty, params, block, merge,
                                   warp - 1);
@@ -111,15 +116,23 @@ __device__ __forceinline__ void run_roles(SharedPlan& shared, const TensorMap* k
     setmaxnreg_inc<kConsumerRegisters>();
     if (threadIdx.x < kTileRows) shared.rows.fill(params, block, threadIdx.x);
     const FirstQuery query(shared.q, params, block, threadIdx.x / kWarpThreads);
+    const Stretch hint = Stretch::from_hint(hint_word);
     griddepcontrol_wait();
-    WorkerItems items(params, block.worker, Stretch::from_hint(hint_word));
+    WorkerItems items(params, block.worker, hint);
+    i32 asked = hint.leads_to_items(params) ? hint.first_sequence : -1;
+#pragma unroll 1
+    while (true) {  // twice if the hint was wrong
+      if (asked >= 0) query.load(asked, u32(block.worker));
+      if (!items.stretch().has_items() || items.stretch().first_sequence == asked) break;
+      FirstQuery::await();
+      asked = items.stretch().first_sequence;
+    }
+    await_start<kClusterCtas>();
     MergeTask task;
     if (items.stretch().has_items()) {
-      query.load(items.stretch().first_sequence, u32(block.worker));
-      await_start<kClusterCtas>();
       task = consume(items);
     } else {
-      await_start<kClusterCtas>();
+      FirstQuery::await();
       merge.await_groups();
       task = merge.task(true);
     }

@@ -112,18 +112,19 @@ struct Stretch {
 
 class WorkerItems {
  public:
-  // The length of the first item comes at the same time as the schedule, if the hint is right.
+  // The length of the hint's first item comes at the same time as the schedule. Does not wait for them.
   __device__ __forceinline__ WorkerItems(const DecodeParams& params, i32 worker, const Stretch& hint)
-      : params_(params), first_length_(length_of(hint.first_sequence)), stretch_(params, worker) {
-    if (stretch_.first_sequence != hint.first_sequence) first_length_ = length_of(stretch_.first_sequence);
-    sequence_ = stretch_.first_sequence;
-  }
+      : params_(params),
+        hinted_sequence_(hint.first_sequence),
+        hinted_length_(u32(hint.first_sequence) < u32(params.batch) ? params.cache_seqlens[hint.first_sequence] : 0),
+        stretch_(params, worker),
+        sequence_(stretch_.first_sequence) {}
 
   // Fills `item` with the next item, or returns false. Empty sequences are items without tiles.
   __device__ __forceinline__ bool next(Item& item) {
     if (sequence_ > stretch_.last_sequence) return false;
     const bool is_first = sequence_ == stretch_.first_sequence, is_last = sequence_ == stretch_.last_sequence;
-    const i32 length = is_first ? first_length_ : params_.cache_seqlens[sequence_];
+    const i32 length = sequence_ == hinted_sequence_ ? hinted_length_ : params_.cache_seqlens[sequence_];
     const i32 tiles = tiles_of(length, i32(kTileTokens));
     const i32 begin = is_first ? stretch_.first_tile : 0, end = is_last ? min(stretch_.last_end_tile, tiles) : tiles;
     item = {sequence_, length, begin, max(begin, end), is_first, is_last};
@@ -133,12 +134,9 @@ class WorkerItems {
   __device__ __forceinline__ const Stretch& stretch() const { return stretch_; }
 
  private:
-  __device__ __forceinline__ i32 length_of(i32 sequence) const {
-    return u32(sequence) < u32(params_.batch) ? params_.cache_seqlens[sequence] : 0;
-  }
-
   const DecodeParams& params_;
-  i32 first_length_;
+  i32 hinted_sequence_;
+  i32 hinted_length_;
   Stretch stretch_;
   i32 sequence_;
 };

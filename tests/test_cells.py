@@ -19,6 +19,7 @@ PTX = r"""
 #pragma once
 #include "types.cuh"
 template <typename Element> u32 cvt_pack(float low, float high) { return u32(low) | u32(high) << 16; }
+inline u32 select_bits(u32 mask, u32 ones, u32 zeros) { return (ones & mask) | (zeros & ~mask); }
 inline float max_nan(float x, float y) { return x != x || y != y ? x + y : x > y ? x : y; }
 """
 

@@ -435,6 +435,58 @@ def test_graph_replay_sees_new_lengths_and_tables(cupy):
         assert_close(lse, expected_lse, LSE_RULE, "lse")
 
 
+# Lets the next kernel of the stream start at once, and writes what that one reads 50 us later.
+LATE_WRITER = r"""
+extern "C" __global__ void late_writer(int* const* to, const int* const* from, const int* counts, int num_arrays) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  for (long long begin = clock64(); clock64() - begin < 100000;) {}
+  for (int a = 0; a < num_arrays; ++a) {
+    for (int i = threadIdx.x; i < counts[a]; i += blockDim.x) to[a][i] = from[a][i];
+  }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "late", [(), ("table",), ("lengths",), ("work", "splits"), ("work", "splits", "table", "lengths")]
+)
+@pytest.mark.parametrize("before", ["others", "garbage"])
+@pytest.mark.parametrize(("seq_len_q", "num_heads", "max_seq_len", "tile_rows", "cluster_ctas"), KERNELS)
+def test_what_the_previous_kernel_writes_last_counts(
+    seq_len_q, num_heads, max_seq_len, tile_rows, cluster_ctas, before, late, cupy
+):
+    """All that the kernels read early is a hint: schedule, block table and lengths may still change."""
+    case = Case(6, seq_len_q, 2500, num_heads, lengths=(2500, 0, 257, 16, 1900, 129))
+    inputs = make_inputs(case, cupy)
+    plan = plan_of(case, inputs, max_seq_len=max_seq_len)
+    assert (plan.kernel.tile_rows, plan.kernel.cluster_ctas) == (tile_rows, cluster_ctas)
+    expected = run(case, inputs, cupy, plan=plan)
+
+    arrays = {"work": plan.work, "splits": plan.splits, "table": inputs.block_table, "lengths": inputs.cache_seqlens}
+    right = {name: array.copy() for name, array in arrays.items()}
+    if before == "others":  # what would be right of another batch
+        lengths = inputs.cache_seqlens[::-1].copy()
+        other = plan_of(case, inputs._replace(cache_seqlens=lengths), max_seq_len=max_seq_len)
+        wrong = {"work": other.work, "splits": other.splits, "table": inputs.block_table[::-1] % 7, "lengths": lengths}
+    else:
+        rng = np.random.default_rng(0)
+        limits = {"work": 70, "splits": 1 << 31, "table": 1 << 31, "lengths": 1 << 31}
+        wrong = {
+            name: cupy.asarray(rng.integers(-limits[name], limits[name], array.shape).astype(np.int32))
+            for name, array in arrays.items()
+        }
+    for name in late:
+        arrays[name][...] = wrong[name]
+    to, source = (cupy.asarray([of[name].data.ptr for name in arrays], np.uint64) for of in (arrays, right))
+    counts = cupy.asarray([array.size for array in arrays.values()], np.int32)
+    writer = cupy.RawKernel(LATE_WRITER, "late_writer")
+    out, lse = buffers(case, cupy)
+    cupy.cuda.Device().synchronize()
+    writer((1,), (256,), (to, source, counts, np.int32(len(arrays))))
+    mla_decode(*inputs, plan=plan, out=out, lse=lse)
+    assert_same_bits((out, lse), expected)
+
+
 def test_two_streams_at_once(cupy):
     cases = [dataclasses.replace(SPLIT, seed=seed) for seed in (1, 2)]
     inputs = [make_inputs(case, cupy) for case in cases]

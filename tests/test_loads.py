@@ -1,5 +1,5 @@
-"""The producer warp (cuda/load_kv.cuh), run on the host: which rows of which pages land where, for any plan. And
-what is prefetched on a hint (cuda/prefetch.cuh).
+"""The producer warp (cuda/load_kv.cuh), run on the host: which rows of which pages land where, for any plan. And what
+comes of hints, right or wrong (cuda/first_tile.cuh).
 
 The host compiler builds the real source, the 32 lanes as threads that meet in its shuffles. What would be a TMA copy
 is written down.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import on_host
@@ -21,41 +22,75 @@ from mlacore.params import DECODE_PARAMS, HEAD_DIM_QK, PAGE_SIZES, TILE_ROWS, TI
 from mlacore.plan import schedule, worker_items
 
 STAGES, CHUNKS, CHUNK_COLUMNS = 2, HEAD_DIM_QK // 64, 64
+NUM_PAGES = 1 << 20
 CLUSTERS = sorted({*params.CLUSTER_CTAS, *(ctas for _, ctas in params.SWAPPED_VARIANTS)})
-FIELDS = 7  # of a load: stage, chunk, first row in the tile, first column, first row in the page, KV head, page
+PARTS = CHUNKS // params.PART_CHUNKS
+# Of a load: what it is, stage, chunk, first row in the tile, first column, first row in the page, KV head, page. What
+# the producer waits for meanwhile is written down as well: barrier, and zeros.
+FIELDS = 8
+LOADED, ASKED, AWAITED_LANDED, AWAITED_JUDGED, AWAITED_GONE = range(5)
+NOT_ASKED, WRONG, RIGHT = range(3)  # verdicts
 
 # Stands for ptx.cuh: what the producer uses of it.
 PTX = r"""
 #pragma once
 #include "types.cuh"
+#include <mutex>
 #include <vector>
 struct TensorMap { u64 opaque[16]; };
 inline u32 rank_of_cta;
-inline std::vector<int> loads;
-inline u32 bytes_expected;
+inline std::vector<int> events;
+inline u32 bytes_expected[2];  // of tiles; of the first one that was asked for on a hint
 inline u16 kv[STAGES][CHUNKS][64 * 64];
-inline u64 kv_full[STAGES][CHUNKS / PART_CHUNKS], kv_empty[STAGES][2];
+inline u64 kv_full[STAGES][PARTS], kv_empty[STAGES][2];
 template <typename T> u32 shared_address(const T& object) {
   return u32(reinterpret_cast<const char*>(&object) - reinterpret_cast<const char*>(kv));
 }
 template <typename T> u32 shared_address(T* object) {
   return u32(reinterpret_cast<const char*>(object) - reinterpret_cast<const char*>(kv));
 }
+inline u32 landed_at, judged_at, gone_at;  // barriers of the first tile
+inline bool is_landed(u32 barrier) { return barrier - landed_at < PARTS * sizeof(u64); }
+inline void note(int what) {
+  for (int value : {what, 0, 0, 0, 0, 0, 0, 0}) events.push_back(value);
+}
 inline u32 cluster_ctarank() { return rank_of_cta; }
 inline bool knows_barriers;  // other CTAs have initialised theirs
 inline void barrier_cluster_arrive() {}
 inline void barrier_cluster_wait() { if (threadIdx.x == 0) knows_barriers = true; }
 inline void __syncthreads() {}
-inline void mbarrier_arrive(u32) {}
+inline void mbarrier_init(u32, u32) {}
+inline std::vector<int> arrivals;  // at barriers of kv_full[0]: part, and how many parts had been awaited
+inline int parts_awaited;
+inline void mbarrier_arrive(u32 barrier) {
+  const u32 part = (barrier - shared_address(&kv_full[0][0])) / sizeof(u64);
+  if (part < PARTS) arrivals.insert(arrivals.end(), {int(part), parts_awaited});
+}
 inline void mbarrier_arrive_cluster(u32, u32) {}
+inline u32 verdict_of_other;
+inline void st_async_cluster(u32 address, u32, u32, u32) {
+  *reinterpret_cast<u32*>(reinterpret_cast<char*>(kv) + i32(address)) = verdict_of_other;
+}
+void lanes_meet();
 inline std::vector<int> waits;  // of lane 0: stage, half, parity
 inline bool mbarrier_try_wait_parity(u32 address, u32 parity) {
+  if (is_landed(address) || address == judged_at || address == gone_at) {
+    lanes_meet();
+    if (threadIdx.x == 0) {
+      if (is_landed(address)) ++parts_awaited;
+      note(is_landed(address) ? 2 : address == judged_at ? 3 : 4);
+    }
+    lanes_meet();
+    return true;
+  }
   const u32 barrier = (address - shared_address(&kv_empty[0][0])) / sizeof(u64);
   if (threadIdx.x != 0 || !knows_barriers) return true;
   for (u32 value : {barrier / 2, barrier % 2, parity}) waits.push_back(int(value));
   return true;
 }
-inline void mbarrier_arrive_expect_tx(u32, u32 bytes) { bytes_expected += bytes; }
+inline void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes) {
+  if (barrier != judged_at) bytes_expected[is_landed(barrier)] += bytes;
+}
 inline void fence_proxy_async() {}
 inline void st_shared_zero_16(u32) {}
 inline void trap() {}
@@ -65,19 +100,25 @@ inline i32 ld_relaxed_gpu(const i32* address) { return *address; }
 inline bool has_begun;  // phase 0 is over; before, the one with parity 1 counts as over
 inline bool mbarrier_test_parity(u32, u32 parity) { return parity == 1 || has_begun; }
 inline std::vector<long long> prefetched;  // address, bytes
+inline std::mutex prefetched_mutex;
 inline void cp_async_bulk_prefetch(const void* source, u32 bytes) {
+  const std::lock_guard<std::mutex> lock(prefetched_mutex);
   prefetched.insert(prefetched.end(), {(long long)(source), bytes});
 }
 inline u64 createpolicy_evict_first() { return 1; }
 inline u64 createpolicy_evict_normal() { return 2; }
-// `map` says how many rows and chunks a box has.
-inline void cp_async_bulk_tensor_5d(u32 destination, const TensorMap* map, u32, i32 c0, i32 c1, i32 c2, i32 c3, i32 c4,
-                                    u64) {
+// `map` says how many rows and chunks a box has. Its barrier is that of its part.
+inline bool has_wrong_barrier, has_waited, has_loaded_early;
+inline void cp_async_bulk_tensor_5d(u32 destination, const TensorMap* map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3,
+                                    i32 c4, u64) {
+  if (!has_waited) has_loaded_early = true;
   for (int chunk = 0; chunk < int(map->opaque[1]); ++chunk) {
-    const int row = destination / 128 + chunk * map->opaque[0];
-    for (int value : {row / 64 / CHUNKS, row / 64 % CHUNKS, row % 64, c0 + 64 * (c2 + chunk), c1, c3, c4}) {
-      loads.push_back(value);
+    const int row = destination / 128 + chunk * map->opaque[0], stage = row / 64 / CHUNKS, at = row / 64 % CHUNKS;
+    for (int value : {int(is_landed(barrier)), stage, at, row % 64, c0 + 64 * (c2 + chunk), c1, c3, c4}) {
+      events.push_back(value);
     }
+    const u32 first = is_landed(barrier) ? landed_at : shared_address(&kv_full[stage][0]);
+    if (barrier != first + at / (CHUNKS / PARTS) * sizeof(u64)) has_wrong_barrier = true;
   }
 }
 inline void cp_async_bulk_tensor_5d_multicast(u32 d, const TensorMap* m, u32 b, i32 c0, i32 c1, i32 c2, i32 c3, i32 c4,
@@ -109,14 +150,13 @@ static int __shfl_sync(unsigned, int value, int lane) {
   warp.arrive_and_wait();
   return received;
 }
+void lanes_meet() { warp.arrive_and_wait(); }
 #include "load_kv.cuh"
-#include "prefetch.cuh"
 static TensorMap pool_map;
-// What the kernel is given, and the arrays as they will be when the previous kernel has ended: before, they are zeros
-// of the same size, and the schedule is a hint.
+// What the kernel is given, and the arrays as they will be when the previous kernel has ended: before, the table may be
+// another, schedule and lengths are zeros of the same size, and what is read of the schedule is a hint.
 static DecodeParams given;
 static const DecodeParams* true_arrays;
-static bool has_waited;
 void previous_kernel_ends() {
   warp.arrive_and_wait();
   if (threadIdx.x == 0) {
@@ -128,58 +168,87 @@ void previous_kernel_ends() {
   warp.arrive_and_wait();
 }
 template <u32 kCtas>
-static void producer(const DecodeParams& params, const Block& block, const int* hint) {
-  load_kv<kCtas>(kv, kv_full, kv_empty, &pool_map, params, block, Stretch::from_hint(hint[threadIdx.x % 4]));
+using Tile0 = FirstTile<kCtas, PARTS, CHUNKS / PARTS * kChunkBytes>;
+template <u32 kCtas>
+static Tile0<kCtas> first_tile;
+template <u32 kCtas>
+static void place_barriers() {
+  first_tile<kCtas> = {};
+  landed_at = shared_address(&first_tile<kCtas>.landed[0]);
+  judged_at = shared_address(&first_tile<kCtas>.judged);
+  gone_at = shared_address(&first_tile<kCtas>.gone);
 }
-extern "C" int run(const DecodeParams* params, const int* box, int ctas, int rank, int worker, int kv_head,
-                   const int* hint, int* out, int capacity) {
-  pool_map = {{u64(box[1]), u64(box[2])}};
-  loads.clear();
-  waits.clear();
-  knows_barriers = ctas == 1;
-  bytes_expected = 0;
-  rank_of_cta = rank;
-  const Block block = {worker, kv_head, rank};
-  given = *params;
-  true_arrays = params;
-  has_waited = false;
-  const std::vector<int> zeros(std::max(params->batch * params->max_pages, 2 * worker + 4));
-  given.block_table = given.cache_seqlens = given.work = zeros.data();
+template <u32 kCtas>
+static void producer(const DecodeParams& params, const Block& block, const int* hint) {
+  static u64 begun;
+  load_kv<kCtas>(kv, kv_full, kv_empty, first_tile<kCtas>, begun, &pool_map, params, block,
+                 Stretch::from_hint(hint[threadIdx.x % 4]));
+}
+template <typename Lane>
+static void run_warp(const Lane& run_lane) {
   std::vector<std::thread> threads;
   for (unsigned lane = 0; lane < 32; ++lane) threads.emplace_back([&, lane] {
     threadIdx.x = lane;
-    if (ctas == 1) producer<1>(given, block, hint);
-    if (ctas == 2) producer<2>(given, block, hint);
+    run_lane();
   });
   for (std::thread& thread : threads) thread.join();
-  if (!has_waited) return -2;
-  if (int(loads.size()) > capacity) return -1;
-  std::copy(loads.begin(), loads.end(), out);
-  return int(loads.size());
 }
-// Lane by lane: they do not meet there.
+extern "C" int run(const DecodeParams* params, const int* box, int ctas, int rank, int worker, int kv_head,
+                   const int* hint, const int* table_before, int other, int* out, int capacity) {
+  pool_map = {{u64(box[1]), u64(box[2])}};
+  events.clear();
+  waits.clear();
+  has_wrong_barrier = has_loaded_early = false;
+  knows_barriers = ctas == 1;
+  bytes_expected[0] = bytes_expected[1] = 0;
+  rank_of_cta = rank;
+  verdict_of_other = other;
+  ctas == 1 ? place_barriers<1>() : place_barriers<2>();
+  const Block block = {worker, kv_head, rank};
+  given = *params;
+  true_arrays = params;
+  has_waited = has_begun = false;
+  const std::vector<int> zeros(std::max(params->batch, 2 * worker + 4));
+  given.cache_seqlens = given.work = zeros.data();
+  given.block_table = table_before;
+  run_warp([&] { ctas == 1 ? producer<1>(given, block, hint) : producer<2>(given, block, hint); });
+  if (!has_waited || has_loaded_early) return -2;
+  if (has_wrong_barrier) return -3;
+  if (int(events.size()) > capacity) return -1;
+  std::copy(events.begin(), events.end(), out);
+  return int(events.size());
+}
+extern "C" int hand_over(int ctas, int own, int other, int* out) {
+  arrivals.clear();
+  parts_awaited = 0;
+  ctas == 1 ? place_barriers<1>() : place_barriers<2>();
+  const auto hand = [&](auto& tile) {
+    tile.verdicts[0] = own;
+    tile.verdicts[1] = other;
+    run_warp([&] { tile.hand_over(kv_full[0]); });
+  };
+  if (ctas == 1) hand(first_tile<1>);
+  if (ctas == 2) hand(first_tile<2>);
+  std::copy(arrivals.begin(), arrivals.end(), out);
+  return int(arrivals.size());
+}
 extern "C" int prefetch(const DecodeParams* params, int row_block, int worker, int begun, long long* out,
                         int capacity) {
   prefetched.clear();
   has_begun = begun != 0;
   const Block block = {worker, 0, row_block};
-  std::vector<Stretch> stretches;
-  std::vector<std::thread> threads;
-  for (unsigned lane = 0; lane < 32; ++lane) threads.emplace_back([&, lane] {
-    threadIdx.x = lane;
-    const Stretch stretch = Stretch::from_hint(Stretch::read_hint(*params, worker));
-    if (lane == 0) stretches.push_back(stretch);
-  });
-  for (std::thread& thread : threads) thread.join();
   u64 barrier = 0;
-  for (threadIdx.x = 0; threadIdx.x < 32; ++threadIdx.x) {
-    prefetch_first_tile(*params, block, stretches[0], barrier);
-  }
+  run_warp([&] {
+    const Stretch stretch = Stretch::from_hint(Stretch::read_hint(*params, worker));
+    PageIds pages(*params);
+    pages.load(stretch.first_sequence, stretch.first_tile);
+    prefetch_first_tile(*params, block, stretch, pages, barrier);
+  });
   if (int(prefetched.size()) > capacity) return -1;
   std::copy(prefetched.begin(), prefetched.end(), out);
   return int(prefetched.size());
 }
-extern "C" unsigned expected_bytes() { return bytes_expected; }
+extern "C" unsigned expected_bytes(int of_first) { return bytes_expected[of_first]; }
 extern "C" int waited(int* out, int capacity) {
   if (int(waits.size()) > capacity) return -1;
   std::copy(waits.begin(), waits.end(), out);
@@ -191,46 +260,73 @@ extern "C" int waited(int* out, int capacity) {
 @pytest.fixture(scope="module")
 def library():
     defines = {"MLA_TILE_ROWS": TILE_ROWS, "MLA_TILE_TOKENS": TILE_TOKENS, "STAGES": STAGES, "CHUNKS": CHUNKS}
-    defines |= {"PART_CHUNKS": params.PART_CHUNKS, "MLA_HEAD_DIM_QK": HEAD_DIM_QK}
+    defines |= {"PARTS": PARTS, "MLA_HEAD_DIM_QK": HEAD_DIM_QK}
     return on_host.build(SHIM, defines, ptx=PTX)
+
+
+class Produced(NamedTuple):
+    """What a CTA's producer does."""
+
+    events: list[tuple[int, ...]]
+    announced: int  # bytes of tiles
+    announced_first: int  # bytes of what it has asked for on a hint
+    waits: list[list[int]]
 
 
 @pytest.fixture(scope="module")
 def producer(library):
-    """``run(record, ctas, rank, worker, hint)``: a CTA's loads ``[n, FIELDS]``, the bytes it announced, its waits."""
+    """``run(record, ctas, rank, worker, hint, table_before, other)``; `other` is the other CTA's verdict."""
     library.expected_bytes.restype = ctypes.c_uint
 
     def run(
-        record: np.ndarray, ctas: int, rank: int, worker: int, hint: np.ndarray
-    ) -> tuple[np.ndarray, int, list[list[int]]]:
-        loads = np.empty(1 << 18, np.int32)
-        record_at, loads_at = ctypes.c_void_p(record.ctypes.data), ctypes.c_void_p(loads.ctypes.data)
+        record: np.ndarray,
+        ctas: int,
+        rank: int,
+        worker: int,
+        hint: np.ndarray,
+        table_before: np.ndarray,
+        other: int,
+    ) -> Produced:
+        events = np.empty(1 << 18, np.int32)
         box = (ctypes.c_int * 5)(*params.pool_box(1 << int(record["page_size_log2"][0]), ctas))
-        hint_at = ctypes.c_void_p(hint.ctypes.data)
-        count = library.run(record_at, box, ctas, rank, worker, 0, hint_at, loads_at, loads.size)
+        at = [ctypes.c_void_p(array.ctypes.data) for array in (record, hint, table_before, events)]
+        count = library.run(at[0], box, ctas, rank, worker, 0, at[1], at[2], other, at[3], events.size)
         assert count != -2, "it has not waited for the previous kernel"
+        assert count != -3, "a box comes with the barrier of another part"
         assert count >= 0, "more loads than expected"
         waits = np.empty(1 << 16, np.int32)
         num_waits = library.waited(ctypes.c_void_p(waits.ctypes.data), waits.size)
         assert num_waits >= 0, "more waits than expected"
-        return loads[:count].reshape(-1, FIELDS), library.expected_bytes(), waits[:num_waits].reshape(-1, 3).tolist()
+        return Produced(
+            [tuple(event) for event in events[:count].reshape(-1, FIELDS).tolist()],
+            library.expected_bytes(0),
+            library.expected_bytes(1),
+            waits[:num_waits].reshape(-1, 3).tolist(),
+        )
 
     return run
 
 
 def expected_loads(
     table: np.ndarray, lengths: np.ndarray, page_size: int, work: np.ndarray, worker: int, ctas: int, rank: int
-) -> list[tuple[int, ...]]:
+) -> list[list[tuple[int, ...]]]:
     """In order, by the definition: every tile of the worker's items, part by part, this CTA's share of the rows."""
+    return [
+        tile_loads(table, page_size, sequence, tile, ctas, rank, position % STAGES)
+        for position, (sequence, tile) in enumerate(worker_tiles(lengths, work, worker))
+    ]
+
+
+def tile_loads(
+    table: np.ndarray, page_size: int, sequence: int, tile: int, ctas: int, rank: int, stage: int, what: int = LOADED
+) -> list[tuple[int, ...]]:
     share = TILE_TOKENS // ctas
-    box, parts = min(page_size, share), np.split(np.arange(CHUNKS), CHUNKS // params.PART_CHUNKS)
-    loads = []
-    for position, (sequence, tile) in enumerate(worker_tiles(lengths, work, worker)):
-        for chunks in parts:
-            for row in range(rank * share, (rank + 1) * share, box):
-                column, place = divmod(tile * TILE_TOKENS + row, page_size)
-                page = int(table[sequence, column]) if column < table.shape[1] else -1
-                loads += [(position % STAGES, int(c), row, int(c) * CHUNK_COLUMNS, place, 0, page) for c in chunks]
+    box, loads = min(page_size, share), []
+    for chunks in np.split(np.arange(CHUNKS), PARTS):
+        for row in range(rank * share, (rank + 1) * share, box):
+            column, place = divmod(tile * TILE_TOKENS + row, page_size)
+            page = int(table[sequence, column]) if column < table.shape[1] else -1
+            loads += [(what, stage, int(c), row, int(c) * CHUNK_COLUMNS, place, 0, page) for c in chunks]
     return loads
 
 
@@ -283,20 +379,75 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
     for name, array in arrays.items():
         record[name] = array.ctypes.data
     record["block_table_stride"], record["batch"], record["max_pages"] = columns, len(planned), columns
-    record["page_size_log2"], record["num_pages"] = page_size.bit_length() - 1, 1 << 20
+    record["page_size_log2"], record["num_pages"] = page_size.bit_length() - 1, NUM_PAGES
     record["prefetch_tiles"] = 1 if ctas > 1 and page_size >= TILE_TOKENS else 0
     record["num_kv_heads"] = record["row_blocks"] = record["blocks_per_worker"] = 1
+    record["kv_stride_page"] = page_size * HEAD_DIM_QK
+    # The table before the previous kernel's end: the same, or one with other pages, some outside the pool.
+    before = np.ascontiguousarray(table[::-1] - (data is not None and data.draw(st.sampled_from((0, 9)))))
+    if data is None or data.draw(st.booleans()):
+        before = table
     for worker in range(num_workers):
+        hint = hint_of(data, work, worker)
         for rank in range(ctas):
-            loads, announced, waits = producer(record, ctas, rank, worker, hint_of(data, work, worker))
+            other = RIGHT if data is None else data.draw(st.sampled_from((NOT_ASKED, WRONG, RIGHT)))
             expected = expected_loads(table, lengths, page_size, work, worker, ctas, rank)
-            np.testing.assert_array_equal(loads, np.array(expected, np.int32).reshape(-1, FIELDS))
+            asked = hinted_loads(before, page_size, hint, ctas, rank)
+            produced = producer(record, ctas, rank, worker, hint, before, other)
+            is_right = len(asked) > 0 and len(expected) > 0 and begins_like(hint, work, worker)
+            is_right = is_right and [load[1:] for load in asked] == [load[1:] for load in expected[0]]
+            is_taken = is_right and (ctas == 1 or other == RIGHT)
+            shares = (len(asked) > 0) + (ctas > 1 and other != NOT_ASKED)
+            loads = [event for event in produced.events if event[0] in (LOADED, ASKED)]
+            remaining = [load for tile in expected[is_taken:] for load in tile]
+            assert loads == asked + remaining
+            # What was asked for in vain has landed, in both CTAs, before anything is loaded to the same place.
+            waits = [event[0] for event in produced.events[: len(produced.events) - len(remaining)]]
+            waits = [what for what in waits if what not in (LOADED, ASKED)]
+            vain = [] if is_taken else [AWAITED_LANDED] * PARTS + [AWAITED_GONE] * (ctas > 1)
+            second = [AWAITED_LANDED] * (is_taken and ctas == 1 and first_item_tiles(lengths, work, worker) > 1)
+            assert waits == [AWAITED_JUDGED] * (ctas > 1) + vain + second
+            assert produced.announced_first == shares * TILE_TOKENS * HEAD_DIM_QK * 2 // ctas
             # Each CTA waits for the bytes of whole tiles, whoever of the cluster sends them.
-            tiles = sum(1 for _ in worker_tiles(lengths, work, worker))
-            assert announced == tiles * TILE_TOKENS * HEAD_DIM_QK * 2
+            assert produced.announced == (len(expected) - is_taken) * TILE_TOKENS * HEAD_DIM_QK * 2
             # Both halves of a stage are handed back before it is loaded again; of a cluster, before its CTAs exit, too.
-            rounds = range(tiles + (STAGES if ctas > 1 else 0))
-            assert waits == [[n % STAGES, half, (n // STAGES + 1) % 2] for n in rounds for half in range(2)]
+            rounds = range(is_taken, len(expected) + (STAGES if ctas > 1 else 0))
+            assert produced.waits == [[n % STAGES, half, (n // STAGES + 1) % 2] for n in rounds for half in range(2)]
+
+
+def begins_like(hint: np.ndarray, work: np.ndarray, worker: int) -> bool:
+    """Whether the hint's first item begins where the worker's first one does."""
+    return bool((hint[:2] == work[worker]).all())
+
+
+def first_item_tiles(lengths: np.ndarray, work: np.ndarray, worker: int) -> int:
+    sequences = [sequence for sequence, _ in worker_tiles(lengths, work, worker)]
+    return sequences.count(work[worker][0])
+
+
+def hinted_loads(table: np.ndarray, page_size: int, hint: np.ndarray, ctas: int, rank: int) -> list[tuple[int, ...]]:
+    """What a hint leads to: the first tile, if it lies in one page of the pool."""
+    sequence, tile, last_sequence, last_end_tile = (int(word) for word in hint)
+    if last_end_tile <= 0:
+        last_sequence = int(np.int64(last_sequence - 1).astype(np.int32))
+    token = int(np.int64(tile * TILE_TOKENS).astype(np.int32))
+    column = (token + rank * (TILE_TOKENS // ctas)) // page_size
+    if page_size < TILE_TOKENS // ctas or sequence > last_sequence or not 0 <= sequence < len(table):
+        return []
+    if not 0 <= column < table.shape[1] or not 0 <= table[sequence, column] < NUM_PAGES:
+        return []
+    return tile_loads(table, page_size, sequence, token // TILE_TOKENS, ctas, rank, 0, ASKED)
+
+
+@pytest.mark.parametrize("ctas", CLUSTERS)
+def test_the_first_tile_is_handed_over_if_the_hint_was_right_everywhere(library, ctas):
+    for own in (NOT_ASKED, WRONG, RIGHT):
+        for other in (NOT_ASKED, WRONG, RIGHT):
+            out = np.zeros(4 * PARTS, np.int32)
+            count = library.hand_over(ctas, own, other, ctypes.c_void_p(out.ctypes.data))
+            is_right = own == RIGHT and (ctas == 1 or other == RIGHT)
+            # Each part once it has landed.
+            assert out[:count].tolist() == ([value for part in range(PARTS) for value in (part, part + 1)] * is_right)
 
 
 KV = 1 << 40  # an address, which nobody reads
