@@ -98,7 +98,8 @@ class IntegerCell {
     }
     return {words[0], words[1], words[2], words[3]};
   }
-  static constexpr u32 kMarkBits = 0xf0000000u;
+  static constexpr u32 kLastBits = 0xf0000000u;  // of a word
+  static constexpr u32 kMarkBits = kLastBits;
   __device__ __forceinline__ static u32 mark_difference(const uint4& cell, u32 mark) {
     return (cell.x ^ mark << 28) | (cell.y ^ mark << 24);
   }
@@ -115,7 +116,6 @@ class IntegerCell {
  private:
   static constexpr u32 kBits = 14;
   static constexpr u32 kIntegerMask = (1u << kBits) - 1;
-  static constexpr u32 kLastBits = kMarkBits;          // of a word
   static constexpr u32 kExponentMask = 0x7f800000u;    // of a float32
   static constexpr u32 kLeastExponent = 16u << 23;     // below, the inverse of the unit would overflow
   static constexpr u32 kInverseExponent = 266u << 23;  // exponents of the largest value and what scales it add up to it

@@ -7,9 +7,10 @@
 // The previous kernel may be about to change all that a hint rests on, so wherever it leads to lies inside the arrays,
 // and what it has brought counts only if it was right. Of a cluster, both CTAs must have been: each loads half.
 //
-//   judged         1 + bytes    producer; in a cluster the other CTA's verdict, too -> the warp that hands over
-//   landed[p]      1 + bytes    producer, TMA -> the warp that hands over: part p has landed
-//   gone           1 a CTA      producers -> producers: what was asked for in vain has landed everywhere
+//   judged         1 + bytes    producers -> the warp that hands over, in clusters producers, too: verdicts are there
+//   landed[p]      1 + bytes    producer, TMA -> the warp that hands over: part p is in place. If it was asked for in
+//                               vain, -> producer, and consumers that have no tiles: nothing is on its way any more
+//   discarded      1 a CTA      producers of a cluster -> each other: so it is in both CTAs
 #pragma once
 #include "cluster.cuh"
 #include "pages.cuh"
@@ -19,7 +20,7 @@
 
 enum Verdict : u32 {
   kNotAsked,
-  kWrong,
+  kInVain,  // or for a tile that there is no longer
   kRight
 };
 
@@ -27,16 +28,17 @@ template <u32 kClusterCtas, u32 kParts, u32 kPartBytes>
 struct FirstTile {
   u64 landed[kParts];
   u64 judged;
-  u64 gone;
+  u64 discarded;
   u32 verdicts[2];  // this CTA's, and that of the other one of a cluster
 
   __device__ __forceinline__ void init() {
     for (u64& part : landed) mbarrier_init(shared_address(&part), 1);
     mbarrier_init(shared_address(&judged), 1);
-    mbarrier_init(shared_address(&gone), kClusterCtas);
+    mbarrier_init(shared_address(&discarded), kClusterCtas);
   }
 
-  // By the producer's warp: whether the hint was right everywhere. If not, all that it has brought has landed.
+  // By the producer's warp: whether the hint was right, in both CTAs of a cluster. If not, whatever it has brought to
+  // either has landed.
   __device__ __forceinline__ bool judge(Verdict verdict) {
     const u32 lane = threadIdx.x % kWarpThreads;
     if (lane == 0) {
@@ -56,19 +58,24 @@ struct FirstTile {
       shares += other == kNotAsked ? 0 : 1;
       is_right = is_right && other == kRight;
     }
+    // Bytes that have come before are counted, too: the phase cannot end without this arrival.
     if (lane == 0) {
       for (u64& part : landed) {
         mbarrier_arrive_expect_tx(shared_address(&part), shares * (kPartBytes / kClusterCtas));
       }
     }
     if (is_right) return true;
-    for (u64& part : landed) wait_phase(shared_address(&part), 0);
-    __syncwarp();
+    await_landing();
     if constexpr (kClusterCtas > 1) {
-      if (lane < kClusterCtas) mbarrier_arrive_cluster(shared_address(&gone), lane);
-      wait_phase(shared_address(&gone), 0);
+      if (lane < kClusterCtas) mbarrier_arrive_cluster(shared_address(&discarded), lane);
+      wait_phase(shared_address(&discarded), 0);
     }
     return false;
+  }
+  // Nothing that a hint has asked for is on its way to this CTA any more.
+  __device__ __forceinline__ void await_landing() const {
+#pragma unroll 1
+    for (u32 part = 0; part < kParts; ++part) wait_phase(shared_address(&landed[part]), 0);
   }
 
   // By another warp: the tile's parts to those who wait for `full`, if the hint was right.
@@ -82,18 +89,16 @@ struct FirstTile {
   }
 };
 
-// Into L2, by one warp; `pages` are those of the hint. Once the previous kernel has ended (mbarrier `begun`) it is too
-// late: the loads go out. CTAs that walk the same items share the tile. One tile: with more, workers that end early
-// take memory from those that still merge (b=8 of mixed lengths, h_q=128: 10 % slower with four).
-__device__ __forceinline__ void prefetch_first_tile(const DecodeParams& params, const Block& block, const Stretch& hint,
-                                                    const PageIds& pages, u64& begun) {
+// Into L2, by one warp: `pages` are those of a hint that leads to a tile, of a sequence of `length` tokens. Once the
+// previous kernel has ended (mbarrier `begun`) it is too late: the loads go out. CTAs that walk the same items share
+// the tile. One tile: with more, workers that end early take memory from those that still merge (b=8 of mixed lengths,
+// h_q=128: 10 % slower with four).
+__device__ __forceinline__ void prefetch_first_tile(const DecodeParams& params, const Block& block,
+                                                    const PageIds& pages, i32 length, u64& begun) {
   constexpr i32 kPieceTokens = 16, kPieces = i32(kTileTokens) / kPieceTokens;  // no page is smaller
-  const i32 piece = i32(threadIdx.x % kWarpThreads);
-  const i32 token = i32(u32(hint.first_tile) * kTileTokens) + piece % kPieces * kPieceTokens;  // a hint may overflow
+  const i32 piece = i32(threadIdx.x % kWarpThreads), token = pages.first_token() + piece % kPieces * kPieceTokens;
   const i32 page = pages.page(token);
   if (params.prefetches_first == 0 || piece >= kPieces || piece % params.row_blocks != block.row_block) return;
-  if (!hint.leads_to_items(params)) return;
-  const i32 length = ld_relaxed_gpu(params.cache_seqlens + hint.first_sequence);
-  if (token >= length || (hint.first_sequence == hint.last_sequence && hint.first_tile >= hint.last_end_tile)) return;
-  if (!mbarrier_test_parity(shared_address(&begun), 0)) prefetch_rows<kPieceTokens>(params, page, pages.row(token));
+  if (token >= length || mbarrier_test_parity(shared_address(&begun), 0)) return;
+  prefetch_rows<kPieceTokens>(params, page, pages.row(token));
 }

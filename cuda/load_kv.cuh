@@ -13,7 +13,7 @@
 // time. (Two CTAs that load columns of all rows need fewer boxes, too: no faster at s_q=2, and at s_q=1 2 % slower once
 // the power limit rules; b=128, h_q=128, 16K on an H100.) A stage is handed back in two halves of its latent columns.
 // The first part lies in the first half, the last one (P may lie in its rope chunk, until the second half is free)
-// needs the second, the one between them both.
+// needs the second, the one between them both. The first tile may be there already (first_tile.cuh).
 template <u32 kClusterCtas, u32 kStages, u32 kChunks, u32 kParts, u32 kHalves, u32 kChunkElems>
 __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems], u64 (&kv_full)[kStages][kParts],
                                         u64 (&kv_empty)[kStages][kHalves],
@@ -44,10 +44,13 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
   };
 
   pages.load(hint.first_sequence, hint.first_tile);
-  prefetch_first_tile(params, block, hint, pages, begun);
-  const i32 hinted_token = i32(u32(hint.first_tile) * kTileTokens) + share, hinted_page = pages.page(hinted_token);
-  const bool asks = is_whole && hint.leads_to_items(params) && u32(hinted_page) < u32(params.num_pages);
+  const bool leads_to_items = hint.leads_to_items(params);
+  const i32 hinted_length = leads_to_items ? ld_relaxed_gpu(params.cache_seqlens + hint.first_sequence) : 0;
   await_start<kClusterCtas>();
+  const bool leads_to_tile = hint.leads_to_tile(hinted_length);
+  if (leads_to_tile) prefetch_first_tile(params, block, pages, hinted_length, begun);
+  const i32 hinted_token = pages.first_token() + share, hinted_page = pages.page(hinted_token);
+  const bool asks = is_whole && leads_to_tile && u32(hinted_page) < u32(params.num_pages);
   griddepcontrol_wait();
   const auto ask = [&] {
     if (!asks || lane != 0) return;
@@ -56,7 +59,8 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
       load_part(0, part, first_tile.landed[part], pages.row(hinted_token), hinted_page);
     }
   };
-  // All on their way at once. The many boxes of a cluster would hold up the rest (0.2 us), few of them do not.
+  // A CTA alone asks for the tile's three boxes before it reads pages, schedule and length again; nine boxes of a
+  // cluster's CTA would hold those up (0.2 us).
   if constexpr (kClusterCtas == 1) ask();
   pages.load(hint.first_sequence, hint.first_tile);
   WorkerItems items(params, block.worker, hint);
@@ -66,7 +70,7 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
   bool has_item = items.next(item);
   const bool is_right = asks && is_loaded && has_item && item.num_tiles() > 0 &&
                         pages.page(hinted_token) == hinted_page;
-  bool is_there = first_tile.judge(is_right ? kRight : asks ? kWrong : kNotAsked);
+  bool is_there = first_tile.judge(is_right ? kRight : asks ? kInVain : kNotAsked);
   // The next tile is not asked for before this one comes: memory serves first those who started last (2.5 % at h_q=16,
   // b=4, 4K; in clusters -1 %).
   if (kClusterCtas == 1 && is_there && item.num_tiles() > 1) wait_phase(shared_address(&first_tile.landed[0]), 0);

@@ -185,7 +185,7 @@ class SplitMerge {
         found |= ld_relaxed_gpu(abandoned(others, split));
       }
       const Standing standing = __any_sync(0xffffffffu, found != 0) ? kInherits : kAllStarted;
-      if (lane == 0) set_standing(i, standing);
+      if (lane == i) set_standing(i, standing);  // who will ask for it in watch()
     }
     // A first look: mostly all have started by now.
     if (last_split > 0 && !starts_last && ld_relaxed_gpu(counter(group)) == 0) set_standing(lane, kAllStarted);
@@ -324,7 +324,7 @@ class SplitMerge {
   // A lane's cells of some splits, added up relative to `top`, the largest of their log-sum-exps.
   struct alignas(16) State {
     float sum[kUnitCells][Cell::kValues];
-    float total;
+    float total;  // in sum_of_splits, of those splits whose weights the lane sees to
     float top;
 
     // Makes it relative to a larger `top`; returns what all exponents are to be taken to.
@@ -426,6 +426,7 @@ class SplitMerge {
     const i32 num_splits = group.num_splits;
     Slice slice = {i32(u32(split * units) / u32(num_splits)), i32(u32((split + 1) * units) / u32(num_splits)), 0};
     const i32 own_units = slice.end_unit - slice.begin_unit;
+    // Fewer parts than splits: the first part has two splits at least, on which sum_of_splits relies.
 #pragma unroll 1
     for (i32 parts = 2; parts * own_units <= kWarps && parts < num_splits && parts <= kWarps; parts *= 2) {
       ++slice.parts_log2;
@@ -474,8 +475,8 @@ class SplitMerge {
     State state = {{}, 0.f, -infinity()};
 #pragma unroll 1
     for (i32 first = begin; first < end; first += i32(kBatch)) {
-      // Where there are fewer splits than a batch has, the last one stands in, without weight: not the first one of the
-      // sequence, as a part with it has others.
+      // Past the part's end its last split stands in, without weight. It is never the first one of the sequence, whose
+      // slot may be odd.
       const u32 last = u32(end - 1 - first), odd = first == 0 && !group.first_begins_worker ? 1 : 0;
       const uint4* const lse_cell = bytes_after(first_lse, lse_slot, own == 0 ? odd : 2 * min(own, last));
       const uint4* cell[kBatch];

@@ -20,7 +20,7 @@
 // Barriers:
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
 //   q_empty            8 (warps)     both groups -> Q loaders: last QK^T of the item has read Q
-//   kv_full[s][p]      1 + bytes     TMA -> owner of the tile: part p of the tile in stage s has landed
+//   kv_full[s][p]      1 + bytes     TMA, or warp 11 -> owner of the tile: part p of the tile in stage s has landed
 //   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: it has done O += P V of its half of
 //                      a CTA         stage s, and all else that it does with the stage
 //   begun              1             herald -> TMA warp: the previous kernel has ended
@@ -482,6 +482,7 @@ __device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodePar
       wait_phase(shared_address(&shared.barriers.q_full), (num_items - 1) % 2);
     }
     if (tiles.count == 0) {
+      shared.barriers.first_tile.await_landing();  // the stages may be scratch of a merge next
       group.release_q();
     } else if (group_index == 0) {
       group.attend_even(tiles);

@@ -20,7 +20,7 @@
 // Barriers:
 //   q_full            96 arrivals    Q loaders -> both groups: Q of this item, not the first, is in place
 //   q_empty            8 (warps)     both groups -> Q loaders: the last K Q^T of the item has read Q
-//   kv_full[s][p]      1 + bytes     TMA -> both groups: part p of the tile in stage s has landed
+//   kv_full[s][p]      1 + bytes     TMA, or warp 11 -> both groups: part p of the tile in stage s has landed
 //   kv_empty[s][h]     4 (warps)     group h of every CTA of the cluster -> TMA: O += V^T P has read its half of the
 //                      a CTA         latent columns in stage s (and both groups' K Q^T all of the stage, before P)
 //   begun              1             herald -> TMA warp: the previous kernel has ended
@@ -308,7 +308,10 @@ struct Consumer {
 
   // Leaves the last O += V^T P to be finished: the row sums are collected meanwhile.
   __device__ __forceinline__ void attend(const Tiles& tiles) {
-    if (tiles.count == 0) release_q();
+    if (tiles.count == 0) {
+      shared.barriers.first_tile.await_landing();  // the stages may be scratch of a merge next
+      release_q();
+    }
 #pragma unroll 1
     for (i32 t = 0; t < tiles.count; ++t) {
       finish_out();

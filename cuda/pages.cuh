@@ -17,6 +17,7 @@ class PageIds {
 
   __device__ __forceinline__ i32 tiles() const { return i32(kWarpThreads) >> (i32(kTileTokensLog2) - unit_log2_); }
   __device__ __forceinline__ i32 unit_tokens() const { return 1 << unit_log2_; }
+  __device__ __forceinline__ i32 first_token() const { return first_token_; }
   // Of a token, the row in its page.
   __device__ __forceinline__ i32 row(i32 token) const { return token & ((1 << params_.page_size_log2) - 1); }
 
@@ -24,7 +25,7 @@ class PageIds {
   // stays in L1: what was read before the previous kernel had ended must not be found there again.
   __device__ __forceinline__ void load(i32 sequence, i32 tile) {
     first_token_ = i32(u32(tile) * kTileTokens);  // a hint may overflow
-    const i32 token = first_token_ + i32(threadIdx.x % kWarpThreads) * unit_tokens();
+    const i32 token = i32(u32(first_token_) + threadIdx.x % kWarpThreads * u32(unit_tokens()));
     const i32 entry = token >> params_.page_size_log2;
     page_ = u32(sequence) < u32(params_.batch) && u32(entry) < u32(params_.max_pages)
                 ? ld_relaxed_gpu(params_.block_table + sequence * params_.block_table_stride + entry)

@@ -36,7 +36,8 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier, u32 rank) {
       : "memory");
 }
 
-// A word to the same offset in CTA `rank` of the cluster, where it counts as bytes of `barrier` ("st.async").
+// A word to the same offset in CTA `rank` of the cluster, where it counts as bytes of `barrier` ("st.async"): whoever
+// has seen that phase end sees the word.
 __device__ __forceinline__ void st_async_cluster(u32 address, u32 value, u32 barrier, u32 rank) {
   asm volatile(
       "{\n .reg .b32 remote, remote_barrier;\n"

@@ -96,6 +96,11 @@ struct Stretch {
   __device__ __forceinline__ bool leads_to_items(const DecodeParams& params) const {
     return has_items() && u32(first_sequence) < u32(params.batch);
   }
+  // Of one that leads to items, of which the first has so many tokens: whether it leads to a tile.
+  __device__ __forceinline__ bool leads_to_tile(i32 length) const {
+    return u32(first_tile) < u32(tiles_of(length, i32(kTileTokens))) &&
+           (first_sequence != last_sequence || first_tile < last_end_tile);
+  }
   __device__ __forceinline__ bool has_items() const { return first_sequence <= last_sequence; }
   __device__ __forceinline__ bool begins_like(const Stretch& other) const {
     return first_sequence == other.first_sequence && first_tile == other.first_tile;
