@@ -1,8 +1,7 @@
 // A worker's first tile, asked for on a hint: schedule and page ids as they were before the previous kernel of the
 // stream had ended. A CTA starts as soon as one of that kernel's has left its SM, and then has to wait for the last of
 // them. Meanwhile it reads the hint and has the tile brought to L2; once the wait is over the loads go out at once, and
-// schedule and page ids are read again while they are on their way. 0.7 us less until the tile is there than if they
-// were read first.
+// schedule and page ids are read again while they are on their way: one trip to L2 less (0.3 us at b=1, 4K).
 //
 // The previous kernel may be about to change all that a hint rests on, so wherever it leads to lies inside the arrays,
 // and what it has brought counts only if it was right. Of a cluster, both CTAs must have been: each loads half.
@@ -89,7 +88,7 @@ struct FirstTile {
   }
 };
 
-// Into L2, by one warp: `pages` are those of a hint that leads to a tile, of a sequence of `length` tokens. Once the
+// Into L2, by one warp: `pages` are those of a hint, `length` the sequence's, or 0 if it leads to no tile. Once the
 // previous kernel has ended (mbarrier `begun`) it is too late: the loads go out. CTAs that walk the same items share
 // the tile. One tile: with more, workers that end early take memory from those that still merge (b=8 of mixed lengths,
 // h_q=128: 10 % slower with four).
@@ -99,6 +98,6 @@ __device__ __forceinline__ void prefetch_first_tile(const DecodeParams& params, 
   const i32 piece = i32(threadIdx.x % kWarpThreads), token = pages.first_token() + piece % kPieces * kPieceTokens;
   const i32 page = pages.page(token);
   if (params.prefetches_first == 0 || piece >= kPieces || piece % params.row_blocks != block.row_block) return;
-  if (token >= length || mbarrier_test_parity(shared_address(&begun), 0)) return;
+  if (u32(token) >= u32(length) || mbarrier_test_parity(shared_address(&begun), 0)) return;
   prefetch_rows<kPieceTokens>(params, page, pages.row(token));
 }

@@ -48,7 +48,7 @@ __device__ __forceinline__ void load_kv(u16 (&kv)[kStages][kChunks][kChunkElems]
   const i32 hinted_length = leads_to_items ? ld_relaxed_gpu(params.cache_seqlens + hint.first_sequence) : 0;
   await_start<kClusterCtas>();
   const bool leads_to_tile = hint.leads_to_tile(hinted_length);
-  if (leads_to_tile) prefetch_first_tile(params, block, pages, hinted_length, begun);
+  prefetch_first_tile(params, block, pages, leads_to_tile ? hinted_length : 0, begun);
   const i32 hinted_token = pages.first_token() + share, hinted_page = pages.page(hinted_token);
   const bool asks = is_whole && leads_to_tile && u32(hinted_page) < u32(params.num_pages);
   griddepcontrol_wait();

@@ -260,7 +260,7 @@ extern "C" int prefetch(const DecodeParams* params, int row_block, int worker, i
     PageIds pages(*params);
     pages.load(stretch.first_sequence, stretch.first_tile);
     const int length = stretch.leads_to_items(*params) ? params->cache_seqlens[stretch.first_sequence] : 0;
-    if (stretch.leads_to_tile(length)) prefetch_first_tile(*params, block, pages, length, barrier);
+    prefetch_first_tile(*params, block, pages, stretch.leads_to_tile(length) ? length : 0, barrier);
   });
   if (int(prefetched.size()) > capacity) return -1;
   std::copy(prefetched.begin(), prefetched.end(), out);
