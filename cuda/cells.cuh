@@ -46,9 +46,6 @@ class FloatCell {
   // The cell carries the mark if none of kMarkBits differs.
   static constexpr u32 kMarkBits = 0xff;
   __device__ __forceinline__ static u32 mark_difference(const uint4& cell, u32 mark) { return cell.w ^ mark; }
-  __device__ __forceinline__ static bool is_marked(const uint4& cell, u32 mark) {
-    return (mark_difference(cell, mark) & kMarkBits) == 0;
-  }
 
   // Value i is number(i) times unit(1).
   __device__ __forceinline__ float number(u32 i) const { return values_[i]; }
@@ -103,9 +100,6 @@ class IntegerCell {
   __device__ __forceinline__ static u32 mark_difference(const uint4& cell, u32 mark) {
     return (cell.x ^ mark << 28) | (cell.y ^ mark << 24);
   }
-  __device__ __forceinline__ static bool is_marked(const uint4& cell, u32 mark) {
-    return (mark_difference(cell, mark) & kMarkBits) == 0;
-  }
 
   // Value i is number(i) times unit(1). The last bit makes a NaN of a unit that would be infinite.
   __device__ __forceinline__ float number(u32 i) const { return shifted_[i] - kShift; }
@@ -125,6 +119,11 @@ class IntegerCell {
   float shifted_[kValues];  // 2^23 + 2^13 + integer: the last bits are those in memory
   u32 exponent_;            // where a float32 has it
 };
+
+template <typename Cell>
+__device__ __forceinline__ bool is_marked(const uint4& cell, u32 mark) {
+  return (Cell::mark_difference(cell, mark) & Cell::kMarkBits) == 0;
+}
 
 __device__ __forceinline__ uint4 pack_lse(float first_row, float second_row, u32 mark) {
   return {__float_as_uint(first_row), __float_as_uint(second_row), 0, mark};

@@ -509,17 +509,12 @@ class SplitMerge {
         for (u32 i = 0; i < kBatch; ++i) {
 #pragma unroll
           for (u32 c = 0; c < kUnitCells; ++c) {
-            if (!Cell::is_marked(cells[i][c], mark)) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * kWarpThreads);
+            if (!is_marked<Cell>(cells[i][c], mark)) cells[i][c] = ld_relaxed_gpu_16(cell[i] + c * kWarpThreads);
           }
         }
       }
       const float lse = own <= last && exists ? unpack_lse(lses, at.row_of_pair()) : -infinity();
-      float top = lse;
-#pragma unroll
-      for (u32 offset = Cells::kSplitLanes; offset < kBatch * Cells::kSplitLanes; offset *= 2) {
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
-      }
-      const float own_weight = ex2(lse - state.raise(top));
+      const float own_weight = ex2(lse - state.raise(lanes_max<Cells::kSplitLanes, kBatch>(lse)));
       state.total += own_weight;
 #pragma unroll
       for (u32 i = 0; i < kBatch; ++i) {
@@ -533,10 +528,7 @@ class SplitMerge {
         }
       }
     }
-#pragma unroll
-    for (u32 offset = Cells::kSplitLanes; offset < kBatch * Cells::kSplitLanes; offset *= 2) {
-      state.total += __shfl_xor_sync(0xffffffffu, state.total, offset);
-    }
+    state.total = lanes_sum<Cells::kSplitLanes, kBatch>(state.total);
     return state;
   }
 

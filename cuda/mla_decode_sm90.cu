@@ -353,7 +353,7 @@ struct Consumer {
     float (&sums)[kConsumerGroups][kTileRows] = shared.row_sum[item_parity];
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
-      const float group_sum = quad_sum(sum.r[i]);
+      const float group_sum = lanes_sum<1, 4>(sum.r[i]);
       if (lane % 4 == 0) sums[group][row + 8 * i] = group_sum;
     }
     barrier_cta_sync(kSums, kConsumerThreads);
@@ -434,7 +434,7 @@ struct Consumer {
           }
           is_there = first > 0 || is_marked_lse(pair, mark);
 #pragma unroll
-          for (u32 c = 0; c < kPartCells; ++c) is_there = is_there && Cell::is_marked(parts[c], mark);
+          for (u32 c = 0; c < kPartCells; ++c) is_there = is_there && is_marked<Cell>(parts[c], mark);
         } while (!__all_sync(0xffffffffu, is_there || !row_exists));
         if (first == 0) {
           both = {of_row(lse, i), unpack_lse(pair, i)};
@@ -476,11 +476,7 @@ __device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodePar
 #pragma unroll
     for (u32 i = 0; i < kGroupColumns / 2; ++i) group.out[i] = 0.f;
     const Tiles tiles(params, block, item, tiles_before);
-    if (num_items == 0) {
-      await_first_query<kMerge>();
-    } else {
-      wait_phase(shared_address(&shared.barriers.q_full), (num_items - 1) % 2);
-    }
+    await_query<kMerge>(shared.barriers, num_items);
     if (tiles.count == 0) {
       shared.barriers.first_tile.await_landing();  // the stages may be scratch of a merge next
       group.release_q();

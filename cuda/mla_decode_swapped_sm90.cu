@@ -189,10 +189,7 @@ struct Consumer {
     float (&maxima)[kGroupWarps][kOwnRows] = shared.maxima[group];
 #pragma unroll
     for (u32 i = 0; i < kOwnThreadRows; ++i) {
-      float top = fmaxf(scores[i / 2 * 4 + i % 2], scores[i / 2 * 4 + i % 2 + 2]);
-#pragma unroll
-      for (u32 offset = 4; offset < kWarpThreads; offset *= 2)
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+      const float top = lanes_max<4, 8>(fmaxf(scores[i / 2 * 4 + i % 2], scores[i / 2 * 4 + i % 2 + 2]));
       if (lane < 4) maxima[warp][row_of(i)] = top * params.softmax_scale_log2;
     }
     bar_sync(kGroup + group, kWarpgroupThreads);
@@ -331,9 +328,7 @@ struct Consumer {
     float (&references)[kTileRows] = shared.references[item_parity];
 #pragma unroll
     for (u32 i = 0; i < kOwnThreadRows; ++i) {
-      float total = sum[i];
-#pragma unroll
-      for (u32 offset = 4; offset < kWarpThreads; offset *= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+      const float total = lanes_sum<4, 8>(sum[i]);
       if (lane < 4) sums[warp][own_row_of(i)] = total;
       if (warp == 0 && lane < 4) references[own_row_of(i)] = reference[i];
     }
@@ -413,7 +408,7 @@ struct Consumer {
           for (u32 i = 0; i < 4; ++i) {
             bool has_row = is_marked_lse(pairs[i / 2], other.mark);
 #pragma unroll
-            for (u32 c = 0; c < kRowCells; ++c) has_row = has_row && Cell::is_marked(parts[i][c], other.mark);
+            for (u32 c = 0; c < kRowCells; ++c) has_row = has_row && is_marked<Cell>(parts[i][c], other.mark);
             is_there = is_there && (has_row || i32(row_of(2 * (j + i / 2))) >= num_rows);
           }
         } while (!__all_sync(0xffffffffu, is_there));
@@ -488,11 +483,7 @@ __device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodePar
       for (u32 i = 0; i < kAccumulators; ++i) group.out[c][i] = 0.f;
     }
     const Tiles tiles(params, block, item, tiles_before);
-    if (num_items == 0) {
-      await_first_query<kMerge>();
-    } else {
-      wait_phase(shared_address(&shared.barriers.q_full), (num_items - 1) % 2);
-    }
+    await_query<kMerge>(shared.barriers, num_items);
     group.attend(tiles);
     tiles_before += u32(tiles.count);
     group.finish_sums(num_items++ % 2);

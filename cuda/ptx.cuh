@@ -23,29 +23,27 @@ __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier at the same offset in CTA `rank` of the cluster (mapa, then mbarrier.arrive). The arrival has
+// Address of the same offset in CTA `rank` of the cluster.
+__device__ __forceinline__ u32 mapa(u32 address, u32 rank) {
+  u32 remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+// Arrives at the barrier at the same offset in CTA `rank` of the cluster. The arrival has
 // CTA scope, as is usual for barriers that hand a stage back to TMA: what it guards has been read by completed WGMMAs
 // or written before a proxy fence. release.cluster would put a MEMBAR.ALL.GPU before every arrival: 20 % of the time at
 // b=128, h_q=128, s_q=2, s_k=16K on an H100.
 __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier, u32 rank) {
-  asm volatile(
-      "{\n .reg .b32 remote;\n"
-      " mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapa(barrier, rank)) : "memory");
 }
 
 // A word to the same offset in CTA `rank` of the cluster, where it counts as bytes of `barrier` ("st.async"): whoever
 // has seen that phase end sees the word.
 __device__ __forceinline__ void st_async_cluster(u32 address, u32 value, u32 barrier, u32 rank) {
-  asm volatile(
-      "{\n .reg .b32 remote, remote_barrier;\n"
-      " mapa.shared::cluster.u32 remote, %0, %3;\n"
-      " mapa.shared::cluster.u32 remote_barrier, %2, %3;\n"
-      " st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [remote], %1, [remote_barrier];\n}" ::"r"(address),
-      "r"(value), "r"(barrier), "r"(rank)
-      : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(mapa(address, rank)),
+               "r"(value), "r"(mapa(barrier, rank))
+               : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes) {

@@ -35,14 +35,6 @@ static_assert(kThreads == MLA_THREADS, "mlacore/params.py launches another numbe
 
 using Tiles = ItemTiles<kStages>;
 
-// Q of the worker's first item, which the consumers load themselves; all of them, before they use it or the row table.
-using FirstQuery = QueryRows<kConsumerWarps, kChunks, kTileRows * kChunkColumns>;
-template <u32 kBarrier>
-__device__ __forceinline__ void await_first_query() {
-  FirstQuery::await();
-  barrier_cta_sync(kBarrier, kConsumerThreads);
-}
-
 // Barriers between the roles; the kernels say what they mean.
 struct RoleBarriers {
   u64 q_full;
@@ -64,6 +56,20 @@ struct RoleBarriers {
     mbarrier_init(shared_address(&begun), 1);
   }
 };
+
+// Q of the worker's first item, which the consumers load themselves.
+using FirstQuery = QueryRows<kConsumerWarps, kChunks, kTileRows * kChunkColumns>;
+
+// By all consumers, before they use Q of the worker's item number `index`, or for the first time the row table.
+template <u32 kBarrier>
+__device__ __forceinline__ void await_query(RoleBarriers& barriers, u32 index) {
+  if (index == 0) {
+    FirstQuery::await();
+    barrier_cta_sync(kBarrier, kConsumerThreads);
+  } else {
+    wait_phase(shared_address(&barriers.q_full), (index - 1) % 2);
+  }
+}
 
 // `shared` is the kernel's SharedPlan; `consume(items)` is what the consumers do with the worker's items, of which
 // there are some: first of all they await Q. It returns merge.task() of the last item.

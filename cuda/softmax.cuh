@@ -14,14 +14,18 @@ struct RowPair {
   float r[2];
 };
 
-// Maximum and sum over the four lanes that share a row.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+// Maximum and sum over kCount lanes, each kStep from the next: <1, 4> over the four that share a row of scores.
+template <u32 kStep, u32 kCount>
+__device__ __forceinline__ float lanes_max(float x) {
+#pragma unroll
+  for (u32 step = kStep; step < kStep * kCount; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
 }
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+template <u32 kStep, u32 kCount>
+__device__ __forceinline__ float lanes_sum(float x) {
+#pragma unroll
+  for (u32 step = kStep; step < kStep * kCount; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
 }
 
 // Subtracting an infinite maximum would give NaN; zero leaves exp2(-inf) = 0.
@@ -54,8 +58,8 @@ __device__ __forceinline__ bool needs_new_reference(const RowPair& tile_sum, con
 
 // The row maxima (scaled) over what the old references stand for and these scores.
 __device__ __forceinline__ RowPair new_reference(const RowPair& top, const RowPair& reference, float scale_log2) {
-  return {fmaxf(reference.r[0], quad_max(top.r[0]) * scale_log2),
-          fmaxf(reference.r[1], quad_max(top.r[1]) * scale_log2)};
+  return {fmaxf(reference.r[0], lanes_max<1, 4>(top.r[0]) * scale_log2),
+          fmaxf(reference.r[1], lanes_max<1, 4>(top.r[1]) * scale_log2)};
 }
 
 // What a row's sum of probabilities stands for: the base-2 log-sum-exp of its scores, and what makes them weights. A

@@ -62,7 +62,7 @@ template <typename Cell> static int unpack(const unsigned* words, unsigned mark,
   memcpy(&cell, words, sizeof cell);
   const Cell found(cell);
   for (u32 i = 0; i < Cell::kValues; ++i) values[i] = found.number(i) * found.unit(weight);
-  return Cell::is_marked(cell, mark);
+  return is_marked<Cell>(cell, mark);
 }
 
 // Every lane of every unit writes what it finds in `cells` to `out`.

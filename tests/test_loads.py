@@ -364,6 +364,19 @@ def worker_tiles(lengths: np.ndarray, work: np.ndarray, worker: int) -> Iterator
             yield sequence, tile
 
 
+def record_of(table: np.ndarray, lengths: np.ndarray, work: np.ndarray, page_size: int) -> np.ndarray:
+    """Parameters of a launch with one KV head, one row block and a pool of NUM_PAGES pages without gaps."""
+    record = np.zeros(1, DECODE_PARAMS)
+    for name, array in {"block_table": table, "cache_seqlens": lengths, "work": work}.items():
+        record[name] = array.ctypes.data
+    record["batch"], record["max_pages"] = table.shape
+    record["block_table_stride"] = table.shape[1]
+    record["page_size_log2"], record["num_pages"] = page_size.bit_length() - 1, NUM_PAGES
+    record["kv_stride_page"], record["prefetches_first"] = page_size * HEAD_DIM_QK, 1
+    record["num_kv_heads"] = record["row_blocks"] = record["blocks_per_worker"] = 1
+    return record
+
+
 def hint_of(data: st.DataObject | None, work: np.ndarray, worker: int) -> np.ndarray:
     """What was read of the schedule before the previous kernel had ended: the same, another worker's, or anything."""
     kind = "right" if data is None else data.draw(st.sampled_from(("right", "other", "any")))
@@ -399,18 +412,11 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
     if is_stale:
         drawn = st.lists(st.integers(0, 9000), min_size=len(planned), max_size=len(planned))
         lengths = np.array(data.draw(drawn), np.int32) if data is not None else np.zeros_like(planned)
-    work, splits = schedule(planned, num_workers)
+    work, _ = schedule(planned, num_workers)
     columns = max(1, -(-int(max(lengths.max(), planned.max(), 1)) // page_size) - (page_size == 32))
     table = np.arange(len(planned) * columns, dtype=np.int32).reshape(-1, columns) * 7 + 3
-    record = np.zeros(1, DECODE_PARAMS)
-    arrays = {"block_table": table, "cache_seqlens": lengths, "work": work, "splits": splits}
-    for name, array in arrays.items():
-        record[name] = array.ctypes.data
-    record["block_table_stride"], record["batch"], record["max_pages"] = columns, len(planned), columns
-    record["page_size_log2"], record["num_pages"] = page_size.bit_length() - 1, NUM_PAGES
+    record = record_of(table, lengths, work, page_size)
     record["prefetch_tiles"] = 1 if ctas > 1 and page_size >= TILE_TOKENS else 0
-    record["num_kv_heads"] = record["row_blocks"] = record["blocks_per_worker"] = 1
-    record["kv_stride_page"], record["prefetches_first"] = page_size * HEAD_DIM_QK, 1
     # Before the previous kernel's end: the same, or a table with other pages, some outside the pool, and other lengths.
     table_before, lengths_before = table, planned
     if data is not None:
@@ -451,14 +457,8 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
 @pytest.mark.parametrize(("end_tile", "asks"), [(5, False), (6, True)])
 def test_a_hint_that_ends_before_it_begins_leads_nowhere(producer, end_tile, asks):
     lengths, table = np.array([9000], np.int32), np.arange(200, dtype=np.int32)[None]
-    work, splits = schedule(lengths, 1)
-    record = np.zeros(1, DECODE_PARAMS)
-    arrays = {"block_table": table, "cache_seqlens": lengths, "work": work, "splits": splits}
-    for name, array in arrays.items():
-        record[name] = array.ctypes.data
-    record["block_table_stride"] = record["max_pages"] = table.shape[1]
-    record["batch"] = record["num_kv_heads"] = record["row_blocks"] = record["blocks_per_worker"] = 1
-    record["page_size_log2"], record["num_pages"] = 6, NUM_PAGES
+    work, _ = schedule(lengths, 1)
+    record = record_of(table, lengths, work, TILE_TOKENS)
     hint = np.array([0, 5, 0, end_tile], np.int32)  # from tile 5 of sequence 0 to there
     produced = producer(record, 1, 0, 0, hint, (table, lengths), RIGHT)
     assert produced.verdict == (IN_VAIN if asks else NOT_ASKED)
@@ -537,14 +537,9 @@ def test_hints_prefetch_the_first_tile_and_nothing_else(prefetch, data, lengths,
     if not is_right:
         values = st.lists(st.one_of(st.integers(-2, 12), INT32), min_size=seen.size, max_size=seen.size)
         seen = np.array(data.draw(values), np.int32)
-    record = np.zeros(1, DECODE_PARAMS)
-    arrays = {"block_table": table, "cache_seqlens": lengths, "work": seen}
-    for name, array in arrays.items():
-        record[name] = array.ctypes.data
+    record = record_of(table, lengths, seen, page_size)
     record["kv"], record["kv_stride_page"] = KV, (page_size + 3) * HEAD_DIM_QK
-    record["block_table_stride"], record["batch"], record["max_pages"] = columns, len(lengths), columns
-    record["page_size_log2"], record["num_pages"] = page_size.bit_length() - 1, num_pages
-    record["prefetches_first"], record["row_blocks"] = 1, row_blocks
+    record["num_pages"], record["row_blocks"] = num_pages, row_blocks
     page_bytes = int(record["kv_stride_page"][0]) * 2
     for worker in range(num_workers):
         pieces = [prefetch(record, block, worker, False) for block in range(row_blocks)]
