@@ -23,7 +23,7 @@ struct DecodeParams {
   i64 block_table_stride;
   i64 kv_stride_page;
   i32 num_pages;
-  i32 prefetch_tiles;         // how far ahead tiles are prefetched to L2; 0: not at all
+  i32 prefetches_next;        // whether clusters prefetch the next tile to L2 while one is on its way
   i32 prefetches_first;       // whether a worker's first tile is prefetched while the previous kernel ends
   i32 batch;
   i32 max_pages;

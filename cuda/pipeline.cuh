@@ -15,6 +15,9 @@ struct RingPosition {
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ RingPosition before() const {
+    return stage == 0 ? RingPosition{kStages - 1, phase ^ 1} : RingPosition{stage - 1, phase};
+  }
 };
 
 // Bounds a loop that waits. In debug builds ("-DMLA_WATCHDOG" added to mlacore.jit.FLAGS) a hang of some seconds

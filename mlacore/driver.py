@@ -198,21 +198,15 @@ def _prefetches_first(kernel: KernelShape, kv_cache: Any) -> bool:
     return _has_contiguous_rows(kv_cache) and not is_small_cluster
 
 
-def _prefetch_tiles(kernel: KernelShape, kv_cache: Any) -> int:
-    """How many tiles ahead a cluster prefetches to L2: 0 where rows of a tile are not contiguous in memory.
+def _prefetches_next(kernel: KernelShape, kv_cache: Any) -> bool:
+    """Whether clusters prefetch the next tile to L2 while one is on its way: where its rows are contiguous in memory.
 
-    Measured on an H100 (2026-11-23, b=128, h_q=128, 4K): one tile ahead -10 % of the time at s_q=1; two tiles, where
-    two clusters share a sequence, -6 % at s_q=2. CTAs without a cluster are bound by memory and lose 5 to 40 % by it;
-    those of 16 rows in a cluster have few tiles, whose loads it holds up (+3 % at b=1, 4K).
+    Measured on an H100 (2026-11-23, h_q=128): s_q=1 b=128 4K -10 % of the time, s_q=2 b=32 4K -7 %. CTAs without a
+    cluster are bound by memory and lose 5 to 40 % by it; those of 16 rows in a cluster have few tiles, whose loads it
+    holds up (+3 % at b=1, 4K).
     """
-    if (
-        not _has_contiguous_rows(kv_cache)
-        or kv_cache.shape[1] < params.TILE_TOKENS
-        or kernel.cluster_ctas == 1
-        or kernel.tile_rows < params.TILE_ROWS
-    ):
-        return 0
-    return min(2, kernel.row_blocks // kernel.cluster_ctas)
+    is_large_cluster = kernel.cluster_ctas > 1 and kernel.tile_rows == params.TILE_ROWS
+    return _has_contiguous_rows(kv_cache) and kv_cache.shape[1] >= params.TILE_TOKENS and is_large_cluster
 
 
 def prepare_decode(
@@ -237,7 +231,7 @@ def prepare_decode(
         "block_table_stride": block_table.strides[0] // block_table.dtype.itemsize,
         "kv_stride_page": kv_cache.strides[0] // item_bytes,
         "num_pages": num_pages,
-        "prefetch_tiles": _prefetch_tiles(kernel, kv_cache),
+        "prefetches_next": int(_prefetches_next(kernel, kv_cache)),
         "prefetches_first": int(_prefetches_first(kernel, kv_cache)),
         "batch": plan.batch,
         "max_pages": block_table.shape[1],
@@ -255,7 +249,7 @@ def prepare_decode(
     # Once a shape: the launch is prepared here and repeated.
     log.debug(
         "decode of batch %d, %d query tokens, %d heads, %d KV heads, pages of %d tokens on device %d: %s, grid %s of "
-        "clusters of %d, %d workers, so at most as many splits of a sequence; splits merged by %s; %d tiles prefetched",
+        "clusters of %d, %d workers, so at most as many splits of a sequence; splits merged by %s; tiles %s",
         plan.batch,
         plan.seq_len_q,
         plan.num_heads,
@@ -267,7 +261,7 @@ def prepare_decode(
         kernel.cluster_ctas,
         plan.num_workers,
         "all their workers" if is_resident else "those that start last, as not all CTAs are resident at once",
-        values["prefetch_tiles"],
+        "prefetched to L2" if values["prefetches_next"] else "not prefetched",
     )
     launch = Launch(
         _function(kernel.variant(dtype), device, params.DECODE_SHARED_BYTES),

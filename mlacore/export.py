@@ -206,8 +206,8 @@ def manifest(cubins: dict[str, bytes]) -> dict[str, Any]:
             "num_workers": "batch * max_splits",
             "dispatch": "as if the batch were 0 and tokens unknown",
         },
-        "prefetch_tiles": f"0 if cluster_ctas is 1, tile_rows < {params.TILE_ROWS}, page_size < {params.TILE_TOKENS}, "
-        "num_kv_heads > 1 or rows of a page have gaps; else min(2, row_blocks / cluster_ctas)",
+        "prefetches_next": f"0 if cluster_ctas is 1, tile_rows < {params.TILE_ROWS}, page_size < {params.TILE_TOKENS}, "
+        "num_kv_heads > 1 or rows of a page have gaps; else 1",
         "prefetches_first": "0 if num_kv_heads > 1, rows of a page have gaps, or cluster_ctas is 2 and tile_rows < "
         f"{params.TILE_ROWS}; else 1",
         "merge_patience_cycles": f"{params.MERGE_PATIENCE_CYCLES} if cuOccupancyMaxActiveClusters * cluster_ctas CTAs "

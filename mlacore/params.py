@@ -79,7 +79,7 @@ DECODE_PARAMS = _struct(
     ("block_table_stride", _I64),
     ("kv_stride_page", _I64),
     ("num_pages", _I32),
-    ("prefetch_tiles", _I32),
+    ("prefetches_next", _I32),
     ("prefetches_first", _I32),
     ("batch", _I32),
     ("max_pages", _I32),

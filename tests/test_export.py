@@ -119,8 +119,8 @@ void scratch(const int *shape, int batch, int workers, int heads, long long *byt
   bytes[3] = (long long)found.partial_lse, bytes[4] = (long long)found.merge_counters;
   bytes[5] = (long long)found.merge_abandoned, bytes[6] = (long long)found.launches;
 }
-int prefetch(const int *shape, int page_size, int is_contiguous) {
-  return mlacore_prefetch_tiles((MlacoreShape){shape[0], shape[1], shape[2]}, page_size, is_contiguous);
+int prefetches_next(const int *shape, int page_size, int is_contiguous) {
+  return mlacore_prefetches_next((MlacoreShape){shape[0], shape[1], shape[2]}, page_size, is_contiguous);
 }
 int prefetches_first(const int *shape, int is_contiguous) {
   return mlacore_prefetches_first((MlacoreShape){shape[0], shape[1], shape[2]}, is_contiguous);
@@ -187,13 +187,13 @@ def test_header_prefetches_and_boxes_as_the_driver_does(rules):
         shape = (ctypes.c_int * 3)(kernel.tile_rows, kernel.cluster_ctas, kernel.row_blocks)
         for page_size in params.PAGE_SIZES:
             pool = np.empty((2, page_size, 1, 576), np.float16)
-            assert rules.prefetch(shape, page_size, 1) == driver._prefetch_tiles(kernel, pool)
+            assert rules.prefetches_next(shape, page_size, 1) == driver._prefetches_next(kernel, pool)
             with_gaps = np.empty((2, page_size, 1, 640), np.float16)[..., :576]
-            assert rules.prefetch(shape, page_size, 0) == driver._prefetch_tiles(kernel, with_gaps) == 0
+            assert rules.prefetches_next(shape, page_size, 0) == driver._prefetches_next(kernel, with_gaps) == 0
             assert rules.prefetches_first(shape, 1) == driver._prefetches_first(kernel, pool)
             assert rules.prefetches_first(shape, 0) == driver._prefetches_first(kernel, with_gaps) == 0
             two_heads = np.empty((2, page_size, 2, 576), np.float16)
-            assert driver._prefetch_tiles(kernel, two_heads) == driver._prefetches_first(kernel, two_heads) == 0
+            assert driver._prefetches_next(kernel, two_heads) == driver._prefetches_first(kernel, two_heads) == 0
             rules.box(shape, page_size, box)
             assert tuple(box) == params.pool_box(page_size, kernel.cluster_ctas)
 
@@ -271,9 +271,7 @@ def test_example_launches_what_python_launches(on_the_host, folder, shape, tmp_p
         "blocks_per_worker": shape_of.row_blocks,
         "page_size_log2": 6,
         "causal": 0,
-        "prefetch_tiles": 0
-        if shape_of.cluster_ctas == 1 or shape_of.tile_rows < 64
-        else min(2, shape_of.row_blocks // shape_of.cluster_ctas),
+        "prefetches_next": int(shape_of.cluster_ctas > 1 and shape_of.tile_rows == 64),
         "prefetches_first": int(shape_of.cluster_ctas == 1 or shape_of.tile_rows == 64),
         "merge_patience_cycles": params.MERGE_PATIENCE_CYCLES if is_resident else 0,
         "softmax_scale_log2": np.float32(576**-0.5 * math.log2(math.e)),

@@ -57,7 +57,7 @@ def test_decode_reaches_the_driver(fake: FakeDriver) -> None:
         "block_table_stride": 4,
         "kv_stride_page": 64 * 576,
         "num_pages": 12,
-        "prefetch_tiles": 2,
+        "prefetches_next": 1,
         "prefetches_first": 1,
         "batch": 3,
         "max_pages": 4,
@@ -88,7 +88,7 @@ def test_log_tells_what_a_launch_is_once_a_shape(fake: FakeDriver, caplog: pytes
     assert decode == (
         "decode of batch 3, 2 query tokens, 128 heads, 1 KV heads, pages of 64 tokens on device 0: "
         "mla_decode_sm90.bfloat16.rows64.cluster2, grid 4 x 1 x 4 of clusters of 2, 4 workers, so at most as many "
-        "splits of a sequence; splits merged by all their workers; 2 tiles prefetched"
+        "splits of a sequence; splits merged by all their workers; tiles prefetched to L2"
     )
     assert plan == "plans of 3 sequences for 7 workers: mla_plan, 1 CTA of 512 threads"
     fake.resident[2] = 8  # two workers of four
@@ -148,27 +148,27 @@ def test_the_plans_kernel_is_launched(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "page_size", "strides", "tiles", "first"),
+    ("kernel", "page_size", "strides", "next_", "first"),
     [
         (KernelShape(64, 1, 1), 64, None, 0, 1),  # no cluster
         (KernelShape(64, 1, 5), 64, None, 0, 1),
         (KernelShape(64, 2, 2), 64, None, 1, 1),
-        (KernelShape(64, 2, 4), 256, None, 2, 1),  # two clusters share the sequence
-        (KernelShape(64, 2, 8), 128, None, 2, 1),
+        (KernelShape(64, 2, 4), 256, None, 1, 1),  # two clusters share the sequence
+        (KernelShape(64, 2, 8), 128, None, 1, 1),
         (KernelShape(64, 2, 4), 32, None, 0, 1),  # a tile in several pages
-        (KernelShape(64, 2, 4), 64, (1 << 20, 1152, 1152, 2), 2, 1),  # layers interleaved by page
+        (KernelShape(64, 2, 4), 64, (1 << 20, 1152, 1152, 2), 1, 1),  # layers interleaved by page
         (KernelShape(64, 2, 4), 64, (81920, 1280, 1280, 2), 0, 0),  # rows with gaps
         (KernelShape(16, 1, 1), 64, None, 0, 1),
         (KernelShape(16, 2, 8), 64, None, 0, 0),  # few tiles a worker
     ],
 )
 def test_prefetch_wants_contiguous_rows(
-    fake: FakeDriver, kernel: KernelShape, page_size: int, strides: Any, tiles: int, first: int
+    fake: FakeDriver, kernel: KernelShape, page_size: int, strides: Any, next_: int, first: int
 ) -> None:
     kv_cache = gpu_array((12, page_size, 1, 576), bfloat16, strides=strides)
     mla_decode(**make_call(kv_cache=kv_cache, plan=make_plan(kernel=kernel)))
     fields = fake.launches[-1].fields(params.DECODE_PARAMS)
-    assert (fields["prefetch_tiles"], fields["prefetches_first"]) == (tiles, first)
+    assert (fields["prefetches_next"], fields["prefetches_first"]) == (next_, first)
     assert fields["kv_stride_page"] == kv_cache.strides[0] // 2
 
 
@@ -179,7 +179,7 @@ def test_rows_of_several_kv_heads_are_not_prefetched(fake: FakeDriver) -> None:
     [got] = fake.launches
     assert got.grid == (2, 2, 4)
     fields = got.fields(params.DECODE_PARAMS)
-    assert (fields["prefetch_tiles"], fields["prefetches_first"]) == (0, 0)
+    assert (fields["prefetches_next"], fields["prefetches_first"]) == (0, 0)
     assert fake.tensor_maps[-1][2:4] == ((64, 64, 9, 2, 12), (2304, 128, 1152, 147456))
 
 

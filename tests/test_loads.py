@@ -23,12 +23,14 @@ from mlacore.plan import schedule, worker_items
 
 STAGES, CHUNKS, CHUNK_COLUMNS = 2, HEAD_DIM_QK // 64, 64
 NUM_PAGES = 1 << 20
+ROW_BYTES = HEAD_DIM_QK * 2
 CLUSTERS = sorted({*params.CLUSTER_CTAS, *(ctas for _, ctas in params.SWAPPED_VARIANTS)})
 PARTS = CHUNKS // params.PART_CHUNKS
-# Of a load: what it is, stage, chunk, first row in the tile, first column, first row in the page, KV head, page. What
-# the producer waits for meanwhile is written down as well: barrier, and zeros.
+# Of a load: what it is, stage, chunk, first row in the tile, first column, first row in the page, KV head, page. Also
+# written down, filled up with zeros: which barrier of the first tile the producer waits for, or which part of a tile
+# (stage, part, parity), and what it prefetches of the next tiles (first row of the pool, rows).
 FIELDS = 8
-LOADED, ASKED, AWAITED_LANDED, AWAITED_JUDGED, AWAITED_DISCARDED = range(5)
+LOADED, ASKED, AWAITED_LANDED, AWAITED_JUDGED, AWAITED_DISCARDED, AWAITED_PART, PREFETCHED = range(7)
 NOT_ASKED, IN_VAIN, RIGHT = range(3)  # verdicts
 
 # Stands for ptx.cuh: what the producer uses of it.
@@ -51,8 +53,8 @@ template <typename T> u32 shared_address(T* object) {
 }
 inline u32 landed_at, judged_at, discarded_at;  // barriers of the first tile
 inline bool is_landed(u32 barrier) { return barrier - landed_at < PARTS * sizeof(u64); }
-inline void note(int what) {
-  for (int value : {what, 0, 0, 0, 0, 0, 0, 0}) events.push_back(value);
+inline void note(int what, int a = 0, int b = 0, int c = 0) {
+  for (int value : {what, a, b, c, 0, 0, 0, 0}) events.push_back(value);
 }
 inline u32 cluster_ctarank() { return rank_of_cta; }
 inline bool knows_barriers;  // other CTAs have initialised theirs
@@ -86,8 +88,13 @@ inline bool mbarrier_try_wait_parity(u32 address, u32 parity) {
     lanes_meet();
     return true;
   }
-  const u32 barrier = (address - shared_address(&kv_empty[0][0])) / sizeof(u64);
   if (threadIdx.x != 0 || !knows_barriers) return true;
+  const u32 part = (address - shared_address(&kv_full[0][0])) / sizeof(u64);
+  if (part < STAGES * PARTS) {
+    note(AWAITED_PART, part / PARTS, part % PARTS, parity);
+    return true;
+  }
+  const u32 barrier = (address - shared_address(&kv_empty[0][0])) / sizeof(u64);
   for (u32 value : {barrier / 2, barrier % 2, parity}) waits.push_back(int(value));
   return true;
 }
@@ -107,16 +114,17 @@ inline bool mbarrier_test_parity(u32, u32 parity) {
   if (threadIdx.x == 0 && !knows_barriers) has_tested_early = true;
   return parity == 1 || has_begun;
 }
+inline bool has_wrong_barrier, has_waited, has_loaded_early;
 inline std::vector<long long> prefetched;  // address, bytes
 inline std::mutex prefetched_mutex;
 inline void cp_async_bulk_prefetch(const void* source, u32 bytes) {
   const std::lock_guard<std::mutex> lock(prefetched_mutex);
+  if (has_waited) return note(PREFETCHED, int((long long)(source) / ROW_BYTES), int(bytes / ROW_BYTES));
   prefetched.insert(prefetched.end(), {(long long)(source), bytes});
 }
 inline u64 createpolicy_evict_first() { return 1; }
 inline u64 createpolicy_evict_normal() { return 2; }
 // `map` says how many rows and chunks a box has. Its barrier is that of its part.
-inline bool has_wrong_barrier, has_waited, has_loaded_early;
 inline void cp_async_bulk_tensor_5d(u32 destination, const TensorMap* map, u32 barrier, i32 c0, i32 c1, i32 c2, i32 c3,
                                     i32 c4, u64) {
   if (!has_waited) has_loaded_early = true;
@@ -252,6 +260,7 @@ extern "C" int hand_over(int ctas, int own, int other, int* out) {
 extern "C" int prefetch(const DecodeParams* params, int row_block, int worker, int begun, long long* out,
                         int capacity) {
   prefetched.clear();
+  has_waited = false;
   has_begun = begun != 0;
   const Block block = {worker, 0, row_block};
   u64 barrier = 0;
@@ -280,6 +289,7 @@ def library():
     defines = {"MLA_TILE_ROWS": TILE_ROWS, "MLA_TILE_TOKENS": TILE_TOKENS, "STAGES": STAGES, "CHUNKS": CHUNKS}
     defines |= {"PARTS": PARTS, "MLA_HEAD_DIM_QK": HEAD_DIM_QK, "AWAITED_LANDED": AWAITED_LANDED}
     defines |= {"AWAITED_JUDGED": AWAITED_JUDGED, "AWAITED_DISCARDED": AWAITED_DISCARDED}
+    defines |= {"AWAITED_PART": AWAITED_PART, "PREFETCHED": PREFETCHED, "ROW_BYTES": ROW_BYTES}
     return on_host.build(SHIM, defines, ptx=PTX)
 
 
@@ -341,6 +351,27 @@ def expected_loads(
         tile_loads(table, page_size, sequence, tile, ctas, rank, position % STAGES)
         for position, (sequence, tile) in enumerate(worker_tiles(lengths, work, worker))
     ]
+
+
+def expected_prefetches(
+    table: np.ndarray, lengths: np.ndarray, page_size: int, work: np.ndarray, worker: int, ctas: int, rank: int
+) -> list[list[tuple[int, ...]]]:
+    """Before each tile: this CTA's share of the next one of the item, once the one before begins to come in."""
+    found: list[list[tuple[int, ...]]] = []
+    share = TILE_TOKENS // ctas
+    tiles = list(worker_tiles(lengths, work, worker))
+    first_sequence = next(iter(worker_items(work, worker)), (None,))[0]
+    for position, (sequence, tile) in enumerate(tiles):
+        of_item = [other for of, other in tiles if of == sequence]
+        is_early = sequence == first_sequence and tile < of_item[0] + STAGES
+        has_next = tile < of_item[-1] and (tile + 1 - of_item[0]) % 32 > 0  # page ids come 32 at a time
+        if is_early or not has_next:
+            found.append([])
+            continue
+        page, row = divmod((tile + 1) * TILE_TOKENS + rank * share, page_size)
+        before = (AWAITED_PART, (position - 1) % STAGES, 0, (position - 1) // STAGES % 2, 0, 0, 0, 0)
+        found.append([before, (PREFETCHED, int(table[sequence, page]) * page_size + row, share, 0, 0, 0, 0, 0)])
+    return found
 
 
 def tile_loads(
@@ -416,7 +447,8 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
     columns = max(1, -(-int(max(lengths.max(), planned.max(), 1)) // page_size) - (page_size == 32))
     table = np.arange(len(planned) * columns, dtype=np.int32).reshape(-1, columns) * 7 + 3
     record = record_of(table, lengths, work, page_size)
-    record["prefetch_tiles"] = 1 if ctas > 1 and page_size >= TILE_TOKENS else 0
+    prefetches = ctas > 1 and page_size >= TILE_TOKENS
+    record["prefetches_next"] = prefetches
     # Before the previous kernel's end: the same, or a table with other pages, some outside the pool, and other lengths.
     table_before, lengths_before = table, planned
     if data is not None:
@@ -437,12 +469,17 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
             assert produced.verdict == (RIGHT if is_right else IN_VAIN if asked else NOT_ASKED)
             is_taken = is_right and (ctas == 1 or other == RIGHT)
             shares = (len(asked) > 0) + (ctas > 1 and other != NOT_ASKED)
-            loads = [event for event in produced.events if event[0] in (LOADED, ASKED)]
-            remaining = [load for tile in expected[is_taken:] for load in tile]
-            assert loads == asked + remaining
+            tiles = list(enumerate(expected))[is_taken:]
+            if prefetches:
+                ahead = expected_prefetches(table, lengths, page_size, work, worker, ctas, rank)
+                remaining = [event for n, tile in tiles for event in ahead[n] + tile]
+            else:
+                remaining = [load for _, tile in tiles for load in tile]
+            split = len(produced.events) - len(remaining)
+            assert produced.events[split:] == remaining
+            assert [event for event in produced.events[:split] if event[0] == ASKED] == asked
             # What was asked for in vain has landed, in both CTAs, before anything is loaded to the same place.
-            waits = [event[0] for event in produced.events[: len(produced.events) - len(remaining)]]
-            waits = [what for what in waits if what not in (LOADED, ASKED)]
+            waits = [event[0] for event in produced.events[:split] if event[0] != ASKED]
             vain = [] if is_taken else [AWAITED_LANDED] * PARTS + [AWAITED_DISCARDED] * (ctas > 1)
             second = [AWAITED_LANDED] * (is_taken and ctas == 1 and first_item_tiles(lengths, work, worker) > 1)
             assert waits == [AWAITED_JUDGED] * (ctas > 1) + vain + second
@@ -506,7 +543,7 @@ def test_the_first_tile_is_handed_over_if_the_hint_was_right_everywhere(library,
 
 
 KV = 1 << 40  # an address, which nobody reads
-ROW_BYTES, PIECE_TOKENS = HEAD_DIM_QK * 2, 16
+PIECE_TOKENS = 16
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ int main(int argc, char **argv) {
       .block_table_stride = max_pages,
       .kv_stride_page = PAGE_SIZE * ROW,
       .num_pages = num_pages,
-      .prefetch_tiles = mlacore_prefetch_tiles(shape, PAGE_SIZE, 1),
+      .prefetches_next = mlacore_prefetches_next(shape, PAGE_SIZE, 1),
       .prefetches_first = mlacore_prefetches_first(shape, 1),
       .batch = batch,
       .max_pages = max_pages,
