@@ -471,12 +471,13 @@ __device__ __forceinline__ MergeTask consume(SharedPlan& shared, const DecodePar
   u32 tiles_before = 0, num_items = 0;
   items.next(item);
   do {
-    group.reference = {-infinity(), -infinity()};
     group.sum = {0.f, 0.f};
 #pragma unroll
     for (u32 i = 0; i < kGroupColumns / 2; ++i) group.out[i] = 0.f;
     const Tiles tiles(params, block, item, tiles_before);
     await_query<kMerge>(shared.barriers, num_items);
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) group.reference.r[i] = group.exists(i) ? -infinity() : kAbsentReference;
     if (tiles.count == 0) {
       shared.barriers.first_tile.await_landing();  // the stages may be scratch of a merge next
       group.release_q();
