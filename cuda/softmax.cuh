@@ -8,8 +8,8 @@
 #include "ptx.cuh"
 
 constexpr float kReferenceSlack = 256.f;  // bound of a thread's probabilities of one row, summed over a tile
-// Of a row that does not exist. Its probabilities are zeros, with which to multiply takes less power: at the limit of an
-// H200, b=128, 4 % of the time at 16 heads and two or three query tokens, 5 % at 24 heads.
+// Of a row that does not exist. Its probabilities are zeros, with which to multiply takes less power: at the limit of
+// an H200, b=128, 4 % of the time at 16 heads and two or three query tokens, 5 % at 24 heads.
 constexpr float kAbsentReference = 1e30f;
 
 // The two rows of a thread's accumulator fragment (row and row + 8).
