@@ -353,24 +353,43 @@ def expected_loads(
     ]
 
 
-def expected_prefetches(
-    table: np.ndarray, lengths: np.ndarray, page_size: int, work: np.ndarray, worker: int, ctas: int, rank: int
+def with_prefetches(
+    loads: list[list[tuple[int, ...]]],
+    table: np.ndarray,
+    lengths: np.ndarray,
+    page_size: int,
+    work: np.ndarray,
+    worker: int,
+    ctas: int,
+    rank: int,
 ) -> list[list[tuple[int, ...]]]:
-    """Before each tile: this CTA's share of the next one of the item, once the one before begins to come in."""
+    """The worker's loads, tile by tile, and what it prefetches: this CTA's share of the next tile of the item.
+
+    Before the tile's loads, once the tile before begins to come in. The worker's first tiles are prefetched by nobody;
+    its third one is itself, and the fourth one behind the loads of the third one's first part.
+    """
     found: list[list[tuple[int, ...]]] = []
     share = TILE_TOKENS // ctas
     tiles = list(worker_tiles(lengths, work, worker))
     first_sequence = next(iter(worker_items(work, worker)), (None,))[0]
-    for position, (sequence, tile) in enumerate(tiles):
+
+    def prefetch(sequence: int, tile: int) -> list[tuple[int, ...]]:
+        page, row = divmod(tile * TILE_TOKENS + rank * share, page_size)
+        return [(PREFETCHED, int(table[sequence, page]) * page_size + row, share, 0, 0, 0, 0, 0)]
+
+    for position, ((sequence, tile), of_tile) in enumerate(zip(tiles, loads, strict=True)):
         of_item = [other for of, other in tiles if of == sequence]
-        is_early = sequence == first_sequence and tile < of_item[0] + STAGES
         has_next = tile < of_item[-1] and (tile + 1 - of_item[0]) % 32 > 0  # page ids come 32 at a time
-        if is_early or not has_next:
-            found.append([])
-            continue
-        page, row = divmod((tile + 1) * TILE_TOKENS + rank * share, page_size)
-        before = (AWAITED_PART, (position - 1) % STAGES, 0, (position - 1) // STAGES % 2, 0, 0, 0, 0)
-        found.append([before, (PREFETCHED, int(table[sequence, page]) * page_size + row, share, 0, 0, 0, 0, 0)])
+        next_ = prefetch(sequence, tile + 1) if has_next else []
+        before = [(AWAITED_PART, (position - 1) % STAGES, 0, (position - 1) // STAGES % 2, 0, 0, 0, 0)]
+        of_part = len(of_tile) // PARTS
+        number = tile - of_item[0] if sequence == first_sequence else STAGES + 1
+        if number < STAGES:
+            found.append(of_tile)
+        elif number == STAGES:
+            found.append([*before, *prefetch(sequence, tile), *of_tile[:of_part], *next_, *of_tile[of_part:]])
+        else:
+            found.append([*(before if has_next else []), *next_, *of_tile])
     return found
 
 
@@ -469,12 +488,10 @@ def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_worker
             assert produced.verdict == (RIGHT if is_right else IN_VAIN if asked else NOT_ASKED)
             is_taken = is_right and (ctas == 1 or other == RIGHT)
             shares = (len(asked) > 0) + (ctas > 1 and other != NOT_ASKED)
-            tiles = list(enumerate(expected))[is_taken:]
+            whole = expected
             if prefetches:
-                ahead = expected_prefetches(table, lengths, page_size, work, worker, ctas, rank)
-                remaining = [event for n, tile in tiles for event in ahead[n] + tile]
-            else:
-                remaining = [load for _, tile in tiles for load in tile]
+                whole = with_prefetches(expected, table, lengths, page_size, work, worker, ctas, rank)
+            remaining = [event for tile in whole[is_taken:] for event in tile]
             split = len(produced.events) - len(remaining)
             assert produced.events[split:] == remaining
             assert [event for event in produced.events[:split] if event[0] == ASKED] == asked
