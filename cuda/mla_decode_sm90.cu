@@ -58,10 +58,10 @@
 // s_q=1, s_k=4K; unrolled, 18 % at b=8 of mixed lengths, where few workers add up two splits, and each waited 14 us for
 // instructions that nobody had used before it.
 //
-// What limits it (H100, b=128, h_q=128): power. In `make bench` (2026-11-23) a tile takes 2736 cycles at s_q=2, s_k=16K
-// and 2456 at 32K, of which the tensor cores need 2176 (80 and 89 %), but at 1.3 to 1.5 GHz: the 700 W limit is reached
+// What limits it (H100, b=128, h_q=128): power. In `make bench` (2026-11-23) a tile takes 2686 cycles at s_q=2, s_k=16K
+// and 2466 at 32K, of which the tensor cores need 2176 (81 and 88 %), but at 1.4 to 1.5 GHz: the 700 W limit is reached
 // in every case from 4K on, and at b=1, 128K; a matrix product and a load-only kernel together take more energy than a
-// call does. At s_q=1, 16K it is 3024 cycles at 1.5 GHz and 88 % of what loading alone takes. Below the limit, the loop
+// call does. At s_q=1, 16K it is 2761 cycles at 1.4 GHz and 86 % of what loading alone takes. Below the limit, the loop
 // of a stage is the longest chain: its release until all parts have landed, 400 cycles for the rest of QK^T, 700 for
 // the softmax (next to the other group's WGMMAs it issues at half its rate), then both halves of P V and their
 // hand-over. At s_q=1 the pages come from memory and not from L2; the prefetch takes most of that back. An item's end
