@@ -153,6 +153,7 @@ LENGTHS = st.lists(st.one_of(st.just(0), st.integers(-3, 200), st.integers(0, 90
 @example(None, [9000], 1, 256, 2, False)
 @example(None, [9000, 64], 3, 64, 1, True)  # without data: nothing is left of what was planned
 @example(None, [9000], 2, 64, 2, True)
+@example(None, [192, 9000], 1, 64, 2, False)  # a first item that ends with its third tile
 def test_every_tile_comes_from_its_own_pages(producer, data, planned, num_workers, page_size, ctas, is_stale):
     """Lengths that have moved on since the plan was made included, tables too narrow for them, and wrong hints."""
     planned = np.array(planned, np.int32)
