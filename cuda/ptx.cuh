@@ -30,10 +30,10 @@ __device__ __forceinline__ u32 mapa(u32 address, u32 rank) {
   return remote;
 }
 
-// Arrives at the barrier at the same offset in CTA `rank` of the cluster. The arrival has
-// CTA scope, as is usual for barriers that hand a stage back to TMA: what it guards has been read by completed WGMMAs
-// or written before a proxy fence. release.cluster would put a MEMBAR.ALL.GPU before every arrival: 20 % of the time at
-// b=128, h_q=128, s_q=2, s_k=16K on an H100.
+// Arrives at the barrier at the same offset in CTA `rank` of the cluster. The arrival has CTA scope, as is usual for
+// barriers that hand a stage back to TMA: what it guards has been read by completed WGMMAs or written before a proxy
+// fence. release.cluster would put a MEMBAR.ALL.GPU before every arrival: 20 % of the time at b=128, h_q=128, s_q=2,
+// s_k=16K on an H100.
 __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier, u32 rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapa(barrier, rank)) : "memory");
 }
